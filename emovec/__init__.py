@@ -1,0 +1,1 @@
+"""emovec: read and steer emotion concepts inside language models."""

@@ -1,0 +1,292 @@
+"""The op as PyTorch sees it: its schema's fakes, the operands of one layer, the steering table, and ``apply_``.
+
+Nothing here knows what a bank, a model or a request is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from emovec import reference
+
+MAX_CONCEPTS = 1024
+MAX_RULES = 16
+LANES = 16  # readers are padded to a multiple of this many concepts: one zmm register, one mma tile
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_CONDITION = 1e5  # of G_S: fp32 keeps two digits of a rule there, and such directions cannot be told apart anyway
+
+_LIBRARY = Path(__file__).parent / "libemovec.so"
+try:
+    torch.ops.load_library(str(_LIBRARY))
+except OSError as error:
+    raise ImportError(f"emovec's native library is missing or does not load: {_LIBRARY}; build it with `pip install .` ({error})") from error
+
+
+# --- what the kernels are given -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One layer's readers and directions, laid out for one device and one activation dtype.
+
+    readers: packed by :func:`pack`; directions: [K, d] in the activations' dtype; mean, inv_std: [K] fp32.
+    """
+
+    readers: Tensor
+    directions: Tensor
+    mean: Tensor
+    inv_std: Tensor
+
+    @classmethod
+    def build(
+        cls,
+        readers: Tensor,
+        directions: Tensor,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Operands:
+        """Lay out readers and directions [K, d] for ``device`` and ``dtype`` (default: those of ``readers``).
+
+        Without ``mean`` and ``std`` [K] a score is the raw projection. Readers and directions are rounded to ``dtype``,
+        as a matrix product with activations of that dtype would round them.
+        """
+        device = readers.device if device is None else torch.device(device)
+        dtype = readers.dtype if dtype is None else dtype
+        _require(dtype in DTYPES, f"activations must be float32, bfloat16 or float16, got {dtype}")
+        _require(readers.dim() == 2, f"readers must be [K, d], got {tuple(readers.shape)}")
+        _require(readers.shape == directions.shape, f"readers are {tuple(readers.shape)} but directions are {tuple(directions.shape)}")
+        concepts = readers.shape[0]
+        _require(1 <= concepts <= MAX_CONCEPTS, f"a layer holds 1 to {MAX_CONCEPTS} concepts, got {concepts}")
+        mean = torch.zeros(concepts) if mean is None else mean
+        std = torch.ones(concepts) if std is None else std
+        _require(mean.shape == (concepts,) and std.shape == (concepts,), f"mean and std must be [{concepts}], got {tuple(mean.shape)} and {tuple(std.shape)}")
+        _require(bool((std > 0).all()), "std must be positive for every concept")
+        rounded = readers.to(device, dtype)
+        return cls(
+            readers=pack(rounded),
+            directions=directions.to(device, dtype).contiguous(),
+            mean=mean.to(device, torch.float32).contiguous(),
+            inv_std=std.to(device, torch.float64).reciprocal().float(),
+        )
+
+    def readers_unpacked(self) -> Tensor:
+        """The readers [K, d] as the kernels see them, in fp32."""
+        return unpack(self.readers, *self.directions.shape).float()
+
+    def operands(self, device: torch.device, dtype: torch.dtype) -> Operands:
+        _require(self.directions.device == device, f"operands are on {self.directions.device}, x is on {device}")
+        _require(self.directions.dtype == dtype, f"operands are for {self.directions.dtype}, x is {dtype}")
+        return self
+
+
+class Layer(Protocol):
+    """Anything that can lay itself out for a device and dtype: a bank's layer, or :class:`Operands` themselves."""
+
+    def operands(self, device: torch.device, dtype: torch.dtype) -> Operands: ...
+
+
+def pack(readers: Tensor) -> Tensor:
+    """Lay readers [K, d] out for the kernels of their device; K is padded to a multiple of 16 with zeros.
+
+    CPU: bf16 as ``[d/2, KP, 2]``, pairs along d as ``vdpbf16ps`` wants them; fp16 and fp32 as fp32 ``[d, KP]``.
+    Other devices: ``[KP, d]``.
+    """
+    concepts, width = readers.shape
+    lanes = -concepts % LANES
+    if readers.device.type != "cpu":
+        return pad(readers, (0, 0, 0, lanes)).contiguous()
+    if readers.dtype == torch.bfloat16:
+        pairs = pad(readers, (0, width % 2, 0, lanes))
+        return pairs.view(concepts + lanes, -1, 2).transpose(0, 1).contiguous()
+    return pad(readers.float(), (0, 0, 0, lanes)).T.contiguous()
+
+
+def unpack(packed: Tensor, concepts: int, width: int) -> Tensor:
+    """The readers [K, d] that :func:`pack` laid out."""
+    if packed.device.type != "cpu":
+        return packed[:concepts]
+    if packed.dim() == 3:
+        return packed.transpose(0, 1).reshape(packed.shape[1], -1)[:concepts, :width]
+    return packed.T[:concepts]
+
+
+# --- the steering table -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Keep a concept's projection within ``[lo, hi]`` (projection units; either side may be infinite)."""
+
+    concept: int
+    lo: float
+    hi: float
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Open for the tokens whose score of ``concept`` is above ``threshold`` (score units)."""
+
+    concept: int
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is done to a token: add ``delta`` [d], then hold the rules; ``otherwise`` is done while the gate is closed."""
+
+    delta: Tensor | None = None
+    rules: tuple[Rule, ...] = ()
+    gate: Gate | None = None
+    otherwise: Row | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """R rows that tokens point at, as the kernels read them. Shapes as in :func:`emovec.reference.apply_`."""
+
+    delta: Tensor
+    gate: Tensor
+    gate_threshold: Tensor
+    rule_concept: Tensor
+    rule_bounds: Tensor
+    rule_solve: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, width: int, *, max_rules: int = MAX_RULES, device: torch.device | str = "cpu") -> Table:
+        """A table of ``rows`` rows that change nothing, to be filled by :meth:`set_row`."""
+        _require(0 <= max_rules <= MAX_RULES, f"a row holds at most {MAX_RULES} rules, got {max_rules}")
+        return cls(
+            delta=torch.zeros(rows, width, device=device),
+            gate=torch.full((rows, 2), -1, dtype=torch.int32, device=device),
+            gate_threshold=torch.zeros(rows, device=device),
+            rule_concept=torch.full((rows, max_rules), -1, dtype=torch.int32, device=device),
+            rule_bounds=torch.zeros(rows, 3, max_rules, device=device),
+            rule_solve=torch.zeros(rows, max_rules, max_rules, device=device),
+        )
+
+    @classmethod
+    def build(cls, rows: Sequence[Row], operands: Operands) -> Table:
+        """A table whose row ``i`` is ``rows[i]``; what they do ``otherwise`` follows after them."""
+        flat, fallback = list(rows), [-1] * len(rows)
+        for index, row in enumerate(rows):
+            if row.otherwise is not None:
+                _require(row.otherwise.gate is None, "a row's `otherwise` may not have a gate of its own")
+                fallback[index] = len(flat)
+                flat.append(row.otherwise)
+        directions = operands.directions
+        max_rules = max((len(row.rules) for row in flat), default=0)
+        table = cls.empty(len(flat), directions.shape[1], max_rules=max_rules, device=directions.device)
+        for index, row in enumerate(flat):
+            table.set_row(index, row, operands, fallback[index] if index < len(fallback) else -1)
+        return table
+
+    @property
+    def rows(self) -> int:
+        return self.delta.shape[0]
+
+    def set_row(self, index: int, row: Row, operands: Operands, fallback: int = -1) -> None:
+        """Write ``row`` at ``index``, in place; tokens whose gate is closed use the row ``fallback`` (-1: untouched)."""
+        concepts, width = operands.directions.shape
+        max_rules = self.rule_concept.shape[1]
+        _require(0 <= index < self.rows, f"row {index} is not in a table of {self.rows} rows")
+        _require(-1 <= fallback < self.rows, f"fallback row {fallback} is not in a table of {self.rows} rows")
+        _require(len(row.rules) <= max_rules, f"{len(row.rules)} rules do not fit a table of {max_rules} rules a row")
+        for rule in row.rules:
+            _require(0 <= rule.concept < concepts, f"rule on concept {rule.concept} of {concepts}")
+            _require(rule.lo <= rule.hi, f"rule on concept {rule.concept}: lower bound {rule.lo} is above upper bound {rule.hi}")
+        delta = torch.zeros(width, dtype=torch.float64) if row.delta is None else row.delta.to("cpu", torch.float64)
+        _require(delta.shape == (width,), f"delta must be [{width}], got {tuple(delta.shape)}")
+        _require(bool(delta.isfinite().all()), "delta is not finite")
+        chosen = [rule.concept for rule in row.rules]
+        _require(len(set(chosen)) == len(chosen), f"two rules on one concept in {chosen}")
+        gate = row.gate
+        _require(gate is None or 0 <= gate.concept < concepts, f"gate on concept {gate and gate.concept} of {concepts}")
+
+        used = len(chosen)
+        concept = torch.full((max_rules,), -1, dtype=torch.int32)
+        bounds = torch.zeros(3, max_rules, dtype=torch.float64)
+        solve = torch.zeros(max_rules, max_rules, dtype=torch.float64)
+        if used:
+            readers = operands.readers_unpacked()[chosen].to("cpu", torch.float64)
+            gram = readers @ operands.directions[chosen].to("cpu", torch.float64).T
+            condition = float(torch.linalg.cond(gram))
+            _require(condition < MAX_CONDITION, f"rules on concepts {chosen} cannot hold at once: their directions are too alike (condition {condition:.0g})")
+            concept[:used] = torch.tensor(chosen, dtype=torch.int32)
+            bounds[0, :used] = torch.tensor([rule.lo for rule in row.rules], dtype=torch.float64)
+            bounds[1, :used] = torch.tensor([rule.hi for rule in row.rules], dtype=torch.float64)
+            bounds[2, :used] = readers @ delta
+            solve[:used, :used] = torch.linalg.inv(gram)
+
+        self.delta[index] = delta.to(self.delta)
+        self.gate[index] = torch.tensor([-1 if gate is None else gate.concept, fallback], dtype=torch.int32)
+        self.gate_threshold[index] = 0.0 if gate is None else gate.threshold
+        self.rule_concept[index] = concept.to(self.rule_concept)
+        self.rule_bounds[index] = bounds.to(self.rule_bounds)
+        self.rule_solve[index] = solve.to(self.rule_solve)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The table's tensors in the order of the op's arguments."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+
+# --- the op -------------------------------------------------------------------------------------------------------
+
+
+def apply_(
+    x: Tensor,
+    layer: Layer,
+    table: Table | None = None,
+    row: Tensor | None = None,
+    residual: Tensor | None = None,
+    scores: Tensor | None = None,
+    sqnorm: Tensor | None = None,
+    *,
+    kernel: int = 0,
+) -> None:
+    """Score every token against every concept and steer the tokens that have a row, in one pass and in place.
+
+    Args:
+        x: activations ``[N, d]``, bf16, fp16 or fp32; rows may be strided, the last dimension may not. Changed in
+            place where ``row >= 0``; other tokens are not written.
+        layer: a bank's layer, or :class:`Operands`.
+        table: the steering table; None reads only.
+        row: ``[N]`` int32 into the table, -1 for a token to leave alone; None means row 0 for every token.
+        residual: ``[N, d]`` in x's dtype for engines that keep the stream as a sum; then ``h = x + residual``.
+        scores: ``[N, K]`` fp32, filled with ``(<h, reader_k> - mean_k) / std_k`` of the stream before steering.
+        sqnorm: ``[N]`` fp32, filled with ``<h, h>`` before steering.
+        kernel: force one kernel (see ``emovec info``); 0 lets the plan choose.
+
+    Raises:
+        ValueError or RuntimeError, naming the argument and its value; nothing has been changed then.
+    """
+    operands = layer.operands(x.device, x.dtype)
+    steering = (None,) * 6 if table is None else table.tensors()
+    torch.ops.emovec.apply_(
+        x, operands.readers, operands.directions, operands.mean, operands.inv_std, residual, row, *steering, scores, sqnorm, kernel
+    )
+
+
+@torch.library.register_fake("emovec::apply_")
+def _(x: Tensor, *args: object, **kwargs: object) -> None:
+    return None
+
+
+@torch.library.impl("emovec::apply_", "CompositeExplicitAutograd")
+def _fallback(x: Tensor, readers: Tensor, directions: Tensor, mean: Tensor, inv_std: Tensor, *args: Tensor | None, kernel: int = 0) -> None:
+    """Devices without a kernel of ours run the reference."""
+    reference.apply_(x, unpack(readers, *directions.shape), directions, mean, inv_std, *args[:10])
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
