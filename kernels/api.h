@@ -1,0 +1,76 @@
+// The kernels' C ABI: raw pointers and sizes, no torch and no CUDA types. csrc/ops.cpp has checked everything before a call.
+#pragma once
+#include <cstdint>
+
+#if defined(_WIN32)
+#error "emovec's kernels are built for Linux and macOS"
+#endif
+
+enum ev_dtype : int32_t { EV_F32 = 0, EV_BF16 = 1, EV_F16 = 2 };
+
+// R rows that tokens point at; see emovec/ops.py `Table`. `delta` null: nothing is steered.
+struct ev_table {
+  const float* delta;           // [R, d]
+  const int32_t* gate;          // [R, 2]: concept (-1: always open), row to use while closed (-1: none)
+  const float* gate_threshold;  // [R], score units
+  const int32_t* rule_concept;  // [R, M], -1: no rule
+  const float* rule_bounds;     // [R, 3, M]: lo, hi, <delta, reader>; projections
+  const float* rule_solve;      // [R, M, M]: inverse of G_S = R_S V_S^T, zero where unused
+  int64_t rows, rules;          // R, M
+};
+
+// One call of the op on N tokens of width d against K concepts.
+struct ev_args {
+  int64_t n, d, k, k_padded;
+  ev_dtype dtype;         // of x, residual and directions
+  ev_dtype reader_dtype;  // of the packed readers
+  void* x;                // [N, d], rows x_stride elements apart
+  int64_t x_stride;
+  const void* residual;  // [N, d] or null
+  int64_t residual_stride;
+  const void* readers;     // packed, see emovec/ops.py `pack`
+  const void* directions;  // [K, d]
+  const float* mean;       // [K]
+  const float* inv_std;    // [K]
+  const int32_t* row;      // [N] into the table, -1: leave alone; null: row 0 for every token
+  ev_table table;
+  float* scores;  // [N, K], rows scores_stride elements apart, or null
+  int64_t scores_stride;
+  float* sqnorm;  // [N] or null
+};
+
+// The kernels by number, as `apply_(kernel=)` takes them; 0 lets the plan choose.
+enum ev_kernel : int32_t {
+  EV_AUTO = 0,
+  EV_CPU_SCALAR = 1,
+  EV_CPU_AVX2 = 2,
+  EV_CPU_AVX512 = 3,
+  EV_CPU_AVX512_BF16 = 4,
+  EV_CUDA_PORTABLE = 16,
+};
+
+extern "C" {
+
+// A half-open range of tokens or of padded concepts.
+struct ev_range {
+  int64_t begin, end;
+};
+
+// The two halves of the op on a CPU. `project` fills raw projections p[token - tokens.begin][concept] for the padded
+// concepts of `concepts` (a multiple of 16 each way) and, if `sq` is not null, squared norms. `finish` takes the
+// complete projections and norms of a tile, writes scores and norms out, and steers.
+typedef void (*ev_cpu_project)(const ev_args*, ev_range tokens, ev_range concepts, float* p, int64_t p_stride, float* sq);
+typedef void (*ev_cpu_finish)(const ev_args*, ev_range tokens, const float* p, int64_t p_stride, const float* sq);
+struct ev_cpu_form {
+  ev_cpu_project project;
+  ev_cpu_finish finish;
+};
+
+// The form for `kernel`, or null where this processor (or this build) cannot run it.
+const ev_cpu_form* ev_cpu_form_for(int32_t kernel);
+
+// Enqueue on `stream` (a cudaStream_t). Returns a cudaError_t; `ev_cuda_error_string` words it.
+int ev_cuda_apply(const ev_args* args, int32_t kernel, void* stream);
+const char* ev_cuda_error_string(int error);
+
+}  // extern "C"
