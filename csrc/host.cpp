@@ -1,0 +1,37 @@
+// `emovec._host`: what the host can tell about itself. Not on the path of any tensor, and optional at import.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+
+#include "api.h"
+
+namespace {
+
+const std::map<std::string, int32_t>& kernels() {
+  static const std::map<std::string, int32_t> all = {
+      {"cpu_scalar", EV_CPU_SCALAR},
+      {"cpu_avx2", EV_CPU_AVX2},
+      {"cpu_avx512", EV_CPU_AVX512},
+      {"cpu_avx512_bf16", EV_CPU_AVX512_BF16},
+#if defined(EMOVEC_CUDA)
+      {"cuda_portable", EV_CUDA_PORTABLE},
+#endif
+  };
+  return all;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "emovec's host-side facts: kernels by name, and which of them this processor runs.";
+  m.def("kernels", &kernels, "Number of every kernel in this build, by name, as `apply_(kernel=)` takes it.");
+  m.def(
+      "runs", [](const std::string& name) {
+        const auto found = kernels().find(name);
+        if (found == kernels().end()) throw pybind11::value_error("no kernel named '" + name + "'");
+        return found->second < EV_CUDA_PORTABLE && ev_cpu_form_for(found->second) != nullptr;
+      },
+      pybind11::arg("name"), "Whether this processor can run the CPU kernel `name`.");
+}

@@ -1,0 +1,37 @@
+// Which forms this processor can run, asked once.
+#include "forms.h"
+
+static bool runs(int32_t kernel) {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#if defined(EV_EMULATE_AVX512)
+  const bool avx512 = avx2, bf16 = avx2;
+#else
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  switch (kernel) {
+    case EV_CPU_SCALAR: return true;
+    case EV_CPU_AVX2: return avx2;
+    case EV_CPU_AVX512: return avx512;
+    case EV_CPU_AVX512_BF16: return bf16;
+    default: return false;
+  }
+#else
+  return kernel == EV_CPU_SCALAR;
+#endif
+}
+
+extern "C" const ev_cpu_form* ev_cpu_form_for(int32_t kernel) {
+  static const bool able[] = {false, runs(EV_CPU_SCALAR), runs(EV_CPU_AVX2), runs(EV_CPU_AVX512), runs(EV_CPU_AVX512_BF16)};
+  if (kernel < EV_CPU_SCALAR || kernel > EV_CPU_AVX512_BF16 || !able[kernel]) return nullptr;
+#if defined(__x86_64__)
+  switch (kernel) {
+    case EV_CPU_AVX512_BF16: return &ev_form_avx512_bf16;
+    case EV_CPU_AVX512: return &ev_form_avx512;
+    case EV_CPU_AVX2: return &ev_form_avx2;
+  }
+#endif
+  return &ev_form_scalar;
+}
