@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +16,8 @@ KINDS = ("prompt", "turn_start", "generated")
 """Kinds of position that have a baseline of their own: inside a prompt, at the start of the assistant's turn, generated."""
 
 _FALLBACK = ("prompt", "generated", "turn_start")
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80
 _UNIT_TOLERANCE = 1e-4  # a hundred times what rounding a unit row to fp32 costs
 
 
@@ -38,9 +41,12 @@ def nearest(name: object, names: Iterable[str], count: int = 3) -> list[str]:
 
 
 def shown(value: object) -> str:
-    """``repr(value)``, cut to a length that fits an error message."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    """``repr(value)``, cut to a length and depth that fit an error message."""
+    try:
+        text = _REPR.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 @dataclass(frozen=True, eq=False)
