@@ -245,6 +245,10 @@ class Bank(Mapping[int, BankLayer]):
                 f"these share {len(names)} of {len(self.names)} and {len(other.names)} concepts {shown(names[:3])} and the layers {shared} "
                 f"of {list(self.layers)} and {list(other.layers)}"
             )
+        known, lacking = ({name for layer in part if layer.baselines for name in layer.uncalibrated} for part in (self.values(), layers))
+        if lacking - known:
+            why = "have no baseline in a bank that has: their scores are raw projections, and bounds and conditions on them are refused"
+            warnings.warn(f"concepts {', '.join(sorted(lacking - known))} {why}", stacklevel=3)
         families = {family: [*members, *other.families.get(family, ())] for family, members in self.families.items()}
         families |= {family: list(members) for family, members in other.families.items() if family not in families}
         families = {family: list(dict.fromkeys(members)) for family, members in families.items()}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def write(path: str | os.PathLike[str], layers: Sequence[BankLayer], header: Map
     text = json.dumps(content, sort_keys=True, allow_nan=False)
     if len(text) > MAX_HEADER:
         raise BankError(f"the bank's header would have {len(text)} bytes, more than {MAX_HEADER}")
-    data = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()}, {KEY: text})
-    replace_file(Path(path), data)
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()}, {KEY: text}))
 
 
 def as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,13 +56,13 @@ def as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
     return copy
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a reader sees the old file or the whole new one."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write in place of ``path``: it takes its name at the end, so that a reader sees the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:

@@ -169,6 +169,14 @@ class BankLayer:
         """Whether scores are z-scores and strengths have a unit here."""
         return bool(self.baselines) and self.residual_norm is not None
 
+    @property
+    def uncalibrated(self) -> tuple[str, ...]:
+        """The concepts without a baseline: their scores are raw projections."""
+        if not self.baselines:
+            return self.names
+        missing = torch.stack([baseline.mean.isnan() for baseline in self.baselines.values()]).any(0).tolist()
+        return tuple(name for name, lacks in zip(self.names, missing, strict=True) if lacks)
+
     def resolve(self, name: str) -> int:
         """The row of concept ``name``."""
         try:
