@@ -26,7 +26,7 @@ const std::map<std::string, int32_t>& kernels() {
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "emovec's host-side facts: kernels by name, and which of them this processor runs.";
-  m.def("kernels", &kernels, "Number of every kernel in this build, by name, as `apply_(kernel=)` takes it.");
+  m.def("kernels", &kernels, "Number of every kernel in this build, by name, as `apply_(form=)` takes it.");
   m.def(
       "runs", [](const std::string& name) {
         const auto found = kernels().find(name);

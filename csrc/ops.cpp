@@ -25,7 +25,7 @@ constexpr char kSchema[] =
     "apply_(Tensor(a!) x, Tensor readers, Tensor directions, Tensor mean, Tensor inv_std, Tensor? residual=None, "
     "Tensor? row=None, Tensor? delta=None, Tensor? gate=None, Tensor? gate_threshold=None, Tensor? rule_concept=None, "
     "Tensor? rule_bounds=None, Tensor? rule_solve=None, Tensor(b!)? scores=None, Tensor(c!)? sqnorm=None, "
-    "int kernel=0) -> ()";
+    "int form=0) -> ()";
 
 const char* name_of(ScalarType type) {
   switch (type) {
@@ -193,19 +193,19 @@ ev_args checked(const Tensor& x, const Tensor& readers, const Tensor& directions
 
 void apply_cpu(Tensor x, Tensor readers, Tensor directions, Tensor mean, Tensor inv_std, Optional residual, Optional row,
                Optional delta, Optional gate, Optional gate_threshold, Optional rule_concept, Optional rule_bounds,
-               Optional rule_solve, Optional scores, Optional sqnorm, int64_t kernel) {
+               Optional rule_solve, Optional scores, Optional sqnorm, int64_t form) {
   const ev_args a = checked(x, readers, directions, mean, inv_std, residual, row, delta, gate, gate_threshold, rule_concept,
                             rule_bounds, rule_solve, scores, sqnorm);
   if (a.table.delta) check_indices(a);
-  const ev_cpu_form* form = emovec::cpu_form(kernel);
-  STD_TORCH_CHECK(form, "emovec: this processor cannot run kernel ", kernel);
-  emovec::run(a, *form);
+  const ev_cpu_form* chosen = emovec::cpu_form(form);
+  STD_TORCH_CHECK(chosen, "emovec: this processor cannot run form ", form);
+  emovec::run(a, *chosen);
 }
 
 #if defined(EMOVEC_CUDA)
 void apply_cuda(Tensor x, Tensor readers, Tensor directions, Tensor mean, Tensor inv_std, Optional residual, Optional row,
                 Optional delta, Optional gate, Optional gate_threshold, Optional rule_concept, Optional rule_bounds,
-                Optional rule_solve, Optional scores, Optional sqnorm, int64_t kernel) {
+                Optional rule_solve, Optional scores, Optional sqnorm, int64_t form) {
   const ev_args a = checked(x, readers, directions, mean, inv_std, residual, row, delta, gate, gate_threshold, rule_concept,
                             rule_bounds, rule_solve, scores, sqnorm);
   STD_TORCH_CHECK(a.d % 8 == 0, "emovec: on a GPU d must be a multiple of 8, got ", a.d);
@@ -214,7 +214,7 @@ void apply_cuda(Tensor x, Tensor readers, Tensor directions, Tensor mean, Tensor
   torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   aoti_torch_get_current_cuda_stream(device, &stream);
-  const int error = ev_cuda_apply(&a, static_cast<int32_t>(kernel), stream);
+  const int error = ev_cuda_apply(&a, static_cast<int32_t>(form), stream);
   STD_TORCH_CHECK(error == 0, "emovec: the CUDA kernel was not launched: ", ev_cuda_error_string(error));
 }
 #endif

@@ -251,7 +251,7 @@ def apply_(
     scores: Tensor | None = None,
     sqnorm: Tensor | None = None,
     *,
-    kernel: int = 0,
+    form: int = 0,
 ) -> None:
     """Score every token against every concept and steer the tokens that have a row, in one pass and in place.
 
@@ -264,7 +264,7 @@ def apply_(
         residual: ``[N, d]`` in x's dtype for engines that keep the stream as a sum; then ``h = x + residual``.
         scores: ``[N, K]`` fp32, filled with ``(<h, reader_k> - mean_k) / std_k`` of the stream before steering.
         sqnorm: ``[N]`` fp32, filled with ``<h, h>`` before steering.
-        kernel: force one kernel (see ``emovec info``); 0 lets the plan choose.
+        form: force one form of the kernel (see ``emovec info``); 0 takes the fastest.
 
     Raises:
         ValueError or RuntimeError, naming the argument and its value; nothing has been changed then.
@@ -272,17 +272,19 @@ def apply_(
     operands = layer.operands(x.device, x.dtype)
     steering = (None,) * 6 if table is None else table.tensors()
     torch.ops.emovec.apply_(
-        x, operands.readers, operands.directions, operands.mean, operands.inv_std, residual, row, *steering, scores, sqnorm, kernel
+        x, operands.readers, operands.directions, operands.mean, operands.inv_std, residual, row, *steering, scores, sqnorm, form
     )
 
 
 @torch.library.register_fake("emovec::apply_")
 def _(x: Tensor, *args: object, **kwargs: object) -> None:
-    return None
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, Tensor) and argument.device != x.device:
+            raise RuntimeError(f"emovec: an argument is on {argument.device}, x is on {x.device}")
 
 
 @torch.library.impl("emovec::apply_", "CompositeExplicitAutograd")
-def _fallback(x: Tensor, readers: Tensor, directions: Tensor, mean: Tensor, inv_std: Tensor, *args: Tensor | None, kernel: int = 0) -> None:
+def _fallback(x: Tensor, readers: Tensor, directions: Tensor, mean: Tensor, inv_std: Tensor, *args: Tensor | None, form: int = 0) -> None:
     """Devices without a kernel of ours run the reference."""
     reference.apply_(x, unpack(readers, *directions.shape), directions, mean, inv_std, *args[:10])
 

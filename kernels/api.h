@@ -39,7 +39,7 @@ struct ev_args {
   float* sqnorm;  // [N] or null
 };
 
-// The kernels by number, as `apply_(kernel=)` takes them; 0 lets the plan choose.
+// The kernels by number, as `apply_(form=)` takes them; 0 takes the fastest.
 enum ev_kernel : int32_t {
   EV_AUTO = 0,
   EV_CPU_SCALAR = 1,
