@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emovec import bank_file
 from emovec.bank_layer import KINDS, BankError, BankLayer, Baseline, UnknownConcept, shown, unknown
-from emovec.fingerprint import differences, fingerprint, template_hash
+from emovec.fingerprint import differences, fingerprint, is_fingerprint, template_hash
 
 __all__ = [
     "KINDS",
@@ -84,6 +84,8 @@ class Bank(Mapping[int, BankLayer]):
         self.steer_layers: tuple[int, ...] = (self.read_layer,) if steer_layers is None else tuple(steer_layers)
         self.families: dict[str, tuple[str, ...]] = {family: tuple(members) for family, members in (families or {}).items()}
         self.meta: dict[str, Any] = bank_file.as_json(meta or {})
+        if not is_fingerprint(self.meta.get("fingerprint", {})):
+            raise BankError("meta['fingerprint'] is not what emovec.fingerprint gives")
         for index in (self.read_layer, *self.steer_layers):
             self[index]
         for family, members in self.families.items():
@@ -177,7 +179,7 @@ class Bank(Mapping[int, BankLayer]):
     def subset(self, names: Sequence[str] | None = None, layers: Iterable[int] | None = None) -> Bank:
         """The bank with these concepts, in this order, and these layers only.
 
-        If the layer to read at is left out, the nearest that stays takes its place; likewise if no layer to steer at stays.
+        If the layer to read at is left out, the nearest that stays takes its place; if no layer to steer at stays, it is that too.
         """
         kept = [self[index] for index in (self.layers if layers is None else layers)]
         if not kept:
@@ -227,13 +229,13 @@ class Bank(Mapping[int, BankLayer]):
         ``meta["merged"]`` keeps the other's.
         """
         different = differences(self.meta.get("fingerprint", {}), other.meta.get("fingerprint", {}))
-        if self.width != other.width:
-            different.append(f"residual width d: {self.width} and {other.width}")
         if different:
             raise BankError("banks of different models cannot be merged: " + "; ".join(different))
         return self._joined(other, {**self.meta, "merged": [*self.meta.get("merged", []), other.meta]})
 
     def _joined(self, other: Bank, meta: Mapping[str, Any]) -> Bank:
+        if self.width != other.width:
+            raise BankError(f"the bank is {self.width} wide, what joins it is {other.width}")
         if self.names == other.names and not set(self.layers) & set(other.layers):
             layers = [*self.values(), *other.values()]
         elif self.layers == other.layers and not set(self.names) & set(other.names):

@@ -102,7 +102,7 @@ def _header(text: str | None) -> dict[str, Any]:
             raise BankError(f"header key {key!r} is missing or not a {kind.__name__}")
     check_names(header["names"])
     for name, layer in header["layers"].items():
-        if not (name.isascii() and name.isdigit() and str(int(name)) == name):
+        if not (name.isascii() and name.isdigit() and len(name) < 7 and str(int(name)) == name):
             raise BankError(f"{shown(name)} is not a layer")
         if not isinstance(layer, dict) or set(layer) != {"residual_norm", "baseline_count", "random_null_count"}:
             raise BankError(f"header of layer {name} is not an object of residual_norm, baseline_count and random_null_count")

@@ -139,7 +139,8 @@ class BankLayer:
                 raise BankError(f"{where}: unknown kind of position {shown(kind)}; known: {', '.join(KINDS)}")
             if baseline.mean.shape != (concepts,):
                 raise BankError(f"{where}.baseline.{kind} must be [{concepts}], got {tuple(baseline.mean.shape)}")
-        norm = self.residual_norm
+        norm = float(self.residual_norm) if _is_int(self.residual_norm) else self.residual_norm  # type: ignore[arg-type]
+        object.__setattr__(self, "residual_norm", norm)
         if norm is not None and not (isinstance(norm, float) and 0 < norm < float("inf")):
             raise BankError(f"{where}: residual_norm must be a positive number, got {shown(norm)}")
 

@@ -42,8 +42,8 @@ def make_layer(
 def make_bank(layers: Sequence[int] = (1, 2, 4), **options: object) -> Bank:
     return Bank(
         [make_layer(index, **options) for index in layers],  # type: ignore[arg-type]
-        read_layer=layers[0],
-        steer_layers=layers[-1:],
+        read_layer=max(layers),
+        steer_layers=sorted(layers)[-2:-1] or layers,
         families={"Fear": ["afraid", "desperate"], "Peace": ["calm", "at ease"]},
         meta={"model": "made-up", "recipe": {"skip": 50}},
     )
