@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -47,3 +49,13 @@ def make_bank(layers: Sequence[int] = (1, 2, 4), **options: object) -> Bank:
         families={"Fear": ["afraid", "desperate"], "Peace": ["calm", "at ease"]},
         meta={"model": "made-up", "recipe": {"skip": 50}},
     )
+
+
+def run_examples(page: str) -> None:
+    """Run the Python examples of a page of the docs, one after the other."""
+    text = (Path(__file__).parents[1] / "docs" / page).read_text()
+    examples = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert examples
+    namespace: dict[str, object] = {}
+    for example in examples:
+        exec(example, namespace)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from banks import NAMES, make_bank, make_layer
+from banks import NAMES, make_bank, make_layer, run_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -603,3 +603,11 @@ def test_another_chat_template_is_warned_about() -> None:
         Bank(bank.values(), meta=bank.meta | {"chat_template": template_hash(Tokenizer())}).check(model, Tokenizer())
         Tokenizer.chat_template = None
         bank.check(model, Tokenizer())
+
+
+@pytest.mark.filterwarnings("ignore:concepts")
+@pytest.mark.filterwarnings("ignore:.*carries no fingerprint")
+def test_the_docs_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    run_examples("bank.md")
