@@ -93,10 +93,10 @@ void set_readers(ev_args& a, const Tensor& x, const Tensor& readers) {
     check("readers", readers, x, x.scalar_type(), {a.k_padded, a.d});
   } else if (a.dtype == EV_BF16) {
     a.reader_dtype = EV_BF16;
-    check("readers", readers, x, ScalarType::BFloat16, {(a.d + 1) / 2, a.k_padded, 2});
+    check("readers", readers, x, ScalarType::BFloat16, {a.k_padded / lanes, (a.d + 1) / 2, lanes, 2});
   } else {
     a.reader_dtype = EV_F32;
-    check("readers", readers, x, ScalarType::Float, {a.d, a.k_padded});
+    check("readers", readers, x, ScalarType::Float, {a.k_padded / lanes, a.d, lanes});
   }
   a.readers = contiguous<void>("readers", readers);
 }

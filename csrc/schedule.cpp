@@ -14,13 +14,23 @@ constexpr int64_t kTile = 48;          // tokens; a multiple of every form's row
 constexpr int64_t kDecodeTokens = 8;   // up to here threads share the concepts, not the tokens
 constexpr int64_t kSerialWork = 1 << 21;  // multiply-adds below which waking a thread costs more than it brings
 
+// Adding alone needs no projection: only scores, gates and rules do.
+bool needs_projections(const ev_args& a) {
+  if (a.scores) return true;
+  if (!a.table.delta) return false;
+  if (a.table.rules > 0) return true;
+  for (int64_t j = 0; j < a.table.rows; ++j)
+    if (a.table.gate[2 * j] >= 0) return true;
+  return false;
+}
+
 // One thread takes whole tokens: project, then finish while the tile is in cache.
-void run_tokens(const ev_args& a, const ev_cpu_form& form, ev_range tokens, int64_t tile) {
+void run_tokens(const ev_args& a, const ev_cpu_form& form, ev_range tokens, ev_range concepts, int64_t tile) {
   alignas(64) float p[kTile * EV_MAX_CONCEPTS];
   float sq[kTile];
   for (int64_t t = tokens.begin; t < tokens.end; t += tile) {
     const ev_range part{t, std::min(t + tile, tokens.end)};
-    form.project(&a, part, {0, a.k_padded}, p, a.k_padded, a.sqnorm ? sq : nullptr);
+    if (concepts.end > 0 || a.sqnorm) form.project(&a, part, concepts, p, a.k_padded, a.sqnorm ? sq : nullptr);
     form.finish(&a, part, p, a.k_padded, sq);
   }
 }
@@ -52,13 +62,15 @@ const ev_cpu_form* cpu_form(int64_t kernel) {
 
 void run(const ev_args& a, const ev_cpu_form& form) {
   if (a.n == 0 || (!a.table.delta && !a.scores && !a.sqnorm)) return;
-  const int64_t threads = a.n * a.d * a.k_padded < kSerialWork ? 1 : torch::stable::get_num_threads();
-  if (threads == 1) return run_tokens(a, form, {0, a.n}, kTile);
-  if (a.n <= kDecodeTokens) return run_concepts(a, form);
+  const ev_range concepts{0, needs_projections(a) ? a.k_padded : 0};
+  const int64_t work = a.n * a.d * std::max<int64_t>(concepts.end, EV_LANES);
+  const int64_t threads = work < kSerialWork ? 1 : torch::stable::get_num_threads();
+  if (threads == 1) return run_tokens(a, form, {0, a.n}, concepts, kTile);
+  if (a.n <= kDecodeTokens && concepts.end > 0) return run_concepts(a, form);
   const int64_t share = (a.n + threads - 1) / threads;
   const int64_t tile = std::min(kTile, (share + 5) / 6 * 6);
   torch::stable::parallel_for(0, (a.n + tile - 1) / tile, 1, [&](int64_t begin, int64_t end) {
-    run_tokens(a, form, {begin * tile, std::min(end * tile, a.n)}, tile);
+    run_tokens(a, form, {begin * tile, std::min(end * tile, a.n)}, concepts, tile);
   });
 }
 

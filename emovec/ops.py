@@ -26,7 +26,9 @@ _LIBRARY = Path(__file__).parent / "libemovec.so"
 try:
     torch.ops.load_library(str(_LIBRARY))
 except OSError as error:
-    raise ImportError(f"emovec's native library is missing or does not load: {_LIBRARY}; build it with `pip install .` ({error})") from error
+    raise ImportError(
+        f"emovec's native library is missing or does not load: {_LIBRARY}; build it with `pip install .` ({error})"
+    ) from error
 
 
 # --- what the kernels are given -----------------------------------------------------------------------------------
@@ -69,7 +71,10 @@ class Operands:
         _require(1 <= concepts <= MAX_CONCEPTS, f"a layer holds 1 to {MAX_CONCEPTS} concepts, got {concepts}")
         mean = torch.zeros(concepts) if mean is None else mean
         std = torch.ones(concepts) if std is None else std
-        _require(mean.shape == (concepts,) and std.shape == (concepts,), f"mean and std must be [{concepts}], got {tuple(mean.shape)} and {tuple(std.shape)}")
+        _require(
+            mean.shape == (concepts,) and std.shape == (concepts,),
+            f"mean and std must be [{concepts}], got {tuple(mean.shape)} and {tuple(std.shape)}",
+        )
         _require(bool((std > 0).all()), "std must be positive for every concept")
         rounded = readers.to(device, dtype)
         return cls(
@@ -98,26 +103,24 @@ class Layer(Protocol):
 def pack(readers: Tensor) -> Tensor:
     """Lay readers [K, d] out for the kernels of their device; K is padded to a multiple of 16 with zeros.
 
-    CPU: bf16 as ``[d/2, KP, 2]``, pairs along d as ``vdpbf16ps`` wants them; fp16 and fp32 as fp32 ``[d, KP]``.
-    Other devices: ``[KP, d]``.
+    CPU: panels of 16 concepts, bf16 as ``[KP/16, d/2, 16, 2]`` (pairs along d, as ``vdpbf16ps`` wants them), fp16 and
+    fp32 as fp32 ``[KP/16, d, 16]``. Other devices: ``[KP, d]``.
     """
     concepts, width = readers.shape
     lanes = -concepts % LANES
     if readers.device.type != "cpu":
         return pad(readers, (0, 0, 0, lanes)).contiguous()
     if readers.dtype == torch.bfloat16:
-        pairs = pad(readers, (0, width % 2, 0, lanes))
-        return pairs.view(concepts + lanes, -1, 2).transpose(0, 1).contiguous()
-    return pad(readers.float(), (0, 0, 0, lanes)).T.contiguous()
+        panels = pad(readers, (0, width % 2, 0, lanes)).unflatten(0, (-1, LANES)).unflatten(-1, (-1, 2))
+        return panels.transpose(1, 2).contiguous()
+    return pad(readers.float(), (0, 0, 0, lanes)).unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
 
 
 def unpack(packed: Tensor, concepts: int, width: int) -> Tensor:
     """The readers [K, d] that :func:`pack` laid out."""
-    if packed.device.type != "cpu":
-        return packed[:concepts]
-    if packed.dim() == 3:
-        return packed.transpose(0, 1).reshape(packed.shape[1], -1)[:concepts, :width]
-    return packed.T[:concepts]
+    if packed.device.type == "cpu":
+        packed = packed.transpose(1, 2).flatten(2).flatten(0, 1)
+    return packed[:concepts, :width]
 
 
 # --- the steering table -------------------------------------------------------------------------------------------
@@ -220,7 +223,10 @@ class Table:
             readers = operands.readers_unpacked()[chosen].to("cpu", torch.float64)
             gram = readers @ operands.directions[chosen].to("cpu", torch.float64).T
             condition = float(torch.linalg.cond(gram))
-            _require(condition < MAX_CONDITION, f"rules on concepts {chosen} cannot hold at once: their directions are too alike (condition {condition:.0g})")
+            _require(
+                condition < MAX_CONDITION,
+                f"rules on concepts {chosen} cannot hold at once: their directions are too alike (condition {condition:.0g})",
+            )
             concept[:used] = torch.tensor(chosen, dtype=torch.int32)
             bounds[0, :used] = torch.tensor([rule.lo for rule in row.rules], dtype=torch.float64)
             bounds[1, :used] = torch.tensor([rule.hi for rule in row.rules], dtype=torch.float64)

@@ -45,8 +45,11 @@ def apply_(
         sqnorm.copy_((stream * stream).sum(-1))
     if delta is None:
         return
-    assert gate is not None and gate_threshold is not None
-    assert rule_concept is not None and rule_bounds is not None and rule_solve is not None
+    assert gate is not None
+    assert gate_threshold is not None
+    assert rule_concept is not None
+    assert rule_bounds is not None
+    assert rule_solve is not None
 
     token = torch.arange(x.shape[0], device=x.device)
     j = torch.zeros_like(token) if row is None else row.long()

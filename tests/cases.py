@@ -40,7 +40,9 @@ class Case:
         sqnorm = torch.empty(x.shape[0], dtype=torch.float64)
         table = (None,) * 6 if self.table is None else tuple(t.cpu() for t in self.table.tensors())
         residual, row = (None if t is None else t.cpu() for t in (self.residual, self.row))
-        reference.apply_(x, o.readers_unpacked().cpu(), o.directions.cpu(), o.mean.cpu(), o.inv_std.cpu(), residual, row, *table, scores, sqnorm)
+        reference.apply_(
+            x, o.readers_unpacked().cpu(), o.directions.cpu(), o.mean.cpu(), o.inv_std.cpu(), residual, row, *table, scores, sqnorm
+        )
         return x, scores, sqnorm
 
     def check(self) -> None:

@@ -74,7 +74,9 @@ def test_a_token_does_not_depend_on_the_batch_or_the_threads(form: str, dtype: t
     whole.run(FORMS[form])
     for begin, end in [(0, 1), (1, 8), (8, 17), (17, 65), (65, 157)]:
         part = make(157, 1088, 171, dtype, seed=3)
-        sliced = Case(part.x[begin:end], part.operands, part.table, part.row[begin:end], None, part.scores[begin:end], part.sqnorm[begin:end])
+        sliced = Case(
+            part.x[begin:end], part.operands, part.table, part.row[begin:end], None, part.scores[begin:end], part.sqnorm[begin:end]
+        )
         torch.set_num_threads(1 if begin % 2 else 2)
         sliced.run(FORMS[form])
         assert same_bits(sliced.x, whole.x[begin:end])
@@ -255,7 +257,7 @@ def test_refuses_what_does_not_fit() -> None:
 
 def test_another_device_is_refused() -> None:
     case = make(6, 64, 9, torch.bfloat16, seed=10)
-    with pytest.raises(ValueError, match="cpu.*meta"):
+    with pytest.raises(ValueError, match=r"cpu.*meta"):
         ops.apply_(case.x.to("meta"), case.operands)
     with pytest.raises(RuntimeError):
         ops.apply_(case.x, case.operands, residual=case.x.to("meta"))

@@ -1,7 +1,7 @@
 // The CPU kernel: projections of a tile of tokens on all concepts, then scores, norms and steering while the tile is in
 // cache. Instantiated once per instruction set (form_*.cpp) from a small description of it:
 //
-//   struct Isa { W: lanes; ROWS: most tokens of a register tile; VECTORS[rows]: most vectors of W concepts beside them;
+//   struct Isa { W: lanes; ROWS: most tokens of a register tile; VECTORS[rows]: most vectors of W concepts beside them, whole panels;
 //                BF16_DOT: has `dot_pairs`, the bf16 pair product }
 //
 // A projection is one accumulator per (token, concept), summed over d in order. So it depends neither on the shape of
@@ -10,11 +10,27 @@
 #include "../common/steer.h"
 #include "vec.h"
 
+#define EV_LAMBDA __attribute__((always_inline))
+
 namespace {
 
 enum : int64_t {
-  EV_BLOCK = 512,  // columns of d at a time: 512 x 176 bf16 readers are 180 KB and stay in L2 for the whole tile
-  EV_TILE = 48,    // most tokens of a tile: 48 x 512 fp32 staged are 96 KB
+  EV_BLOCK = 256,  // columns of d at a time: one panel of readers is then 8 KB (bf16) or 16 KB (fp32) and stays in L1
+  EV_TILE = 48,    // most tokens of a tile: 48 x 256 fp32 staged are 48 KB and stay in L2
+};
+
+// Readers are packed in panels of 16 concepts, so that the innermost loop reads them as a few contiguous streams.
+// `at` is a block's first column in the first panel; a vector of W concepts is a whole panel or a part of one.
+template <class T>
+struct Panels {
+  const T* at;
+  int64_t stride;  // from one panel to the next
+
+  template <int W>
+  EV_INLINE const T* vector(int64_t z) const {
+    return at + z * W / EV_LANES * stride + z * W % EV_LANES;
+  }
+  EV_INLINE Panels from(int64_t row) const { return {at + row * EV_LANES, stride}; }
 };
 
 // --- where the stream comes from: staged in fp32, or bf16 pairs straight from x -------------------------------------
@@ -30,80 +46,101 @@ struct Pairs {  // x itself
 
 // --- the register tile ----------------------------------------------------------------------------------------------
 
-// p[r][z] += sum over the block's columns; readers are fp32 [d, k_padded].
-template <class Isa, int R, int Z>
-EV_INLINE void accumulate(typename Vec<Isa::W>::F (&acc)[R][Z], Staged h, const float* v, int64_t pitch, int64_t columns) {
-  using V = Vec<Isa::W>;
-  for (int64_t i = 0; i < columns; ++i, v += pitch) {
-    typename V::F vectors[Z];
-    for (int z = 0; z < Z; ++z) vectors[z] = V::load(v + z * Isa::W);
+// acc[r][z] = add(acc[r][z], value(r), vector(z)), with the shorter side kept in registers.
+template <int R, int Z, class F, class Value, class Vector, class Add>
+EV_INLINE void outer(F (&acc)[R][Z], Value value, Vector vector, Add add) {
+  if constexpr (R < Z) {
+    decltype(value(0)) values[R];
+    for (int r = 0; r < R; ++r) values[r] = value(r);
+    for (int z = 0; z < Z; ++z) {
+      const auto v = vector(z);
+      for (int r = 0; r < R; ++r) acc[r][z] = add(acc[r][z], values[r], v);
+    }
+  } else {
+    decltype(vector(0)) vectors[Z];
+    for (int z = 0; z < Z; ++z) vectors[z] = vector(z);
     for (int r = 0; r < R; ++r) {
-      const auto value = V::set1(h.at[r * h.stride + i]);
-      for (int z = 0; z < Z; ++z) acc[r][z] += value * vectors[z];
+      const auto v = value(r);
+      for (int z = 0; z < Z; ++z) acc[r][z] = add(acc[r][z], v, vectors[z]);
     }
   }
 }
 
-// The same for readers as bf16 pairs [d/2, k_padded, 2]: a lane holds columns 2i (low half) and 2i+1 (high half).
-template <class Isa, int R, int Z>
-EV_INLINE void accumulate(typename Vec<Isa::W>::F (&acc)[R][Z], Staged h, const uint32_t* v, int64_t pitch, int64_t columns) {
+// acc[r][z] += sum over the block's columns. Readers are fp32, [d, 16] a panel ...
+template <class Isa, int R, int Z, class F>
+EV_INLINE void accumulate(F (&acc)[R][Z], Staged h, Panels<float> v, int64_t columns) {
   using V = Vec<Isa::W>;
-  for (int64_t i = 0; i < columns; i += 2, v += pitch) {
-    typename V::F vectors[Z];
-    for (int z = 0; z < Z; ++z) vectors[z] = (typename V::F)(V::template read<typename V::U>(v + z * Isa::W) << 16);
-    for (int r = 0; r < R; ++r) {
-      const auto value = V::set1(h.at[r * h.stride + i]);
-      for (int z = 0; z < Z; ++z) acc[r][z] += value * vectors[z];
-    }
-    for (int z = 0; z < Z; ++z) vectors[z] = (typename V::F)(V::template read<typename V::U>(v + z * Isa::W) & 0xffff0000u);
-    for (int r = 0; r < R; ++r) {
-      const auto value = V::set1(h.at[r * h.stride + i + 1]);
-      for (int z = 0; z < Z; ++z) acc[r][z] += value * vectors[z];
-    }
+  const auto multiply_add = [](F sum, F a, F b) EV_LAMBDA { return sum + a * b; };
+  for (int64_t i = 0; i < columns; ++i, v.at += EV_LANES) {
+    outer(acc, [&](int r) EV_LAMBDA { return V::set1(h.at[r * h.stride + i]); },
+          [&](int z) EV_LAMBDA { return V::load(v.template vector<Isa::W>(z)); }, multiply_add);
   }
 }
 
-// bf16 x against bf16 readers where the processor multiplies pairs.
-template <class Isa, int R, int Z>
-EV_INLINE void accumulate(typename Vec<Isa::W>::F (&acc)[R][Z], Pairs x, const uint32_t* v, int64_t pitch, int64_t columns) {
+// ... or bf16 pairs, [d/2, 16, 2] a panel: a lane holds columns 2i (low half) and 2i+1 (high half) ...
+template <class Isa, int R, int Z, class F>
+EV_INLINE void accumulate(F (&acc)[R][Z], Staged h, Panels<uint32_t> v, int64_t columns) {
   using V = Vec<Isa::W>;
-  for (int64_t i = 0; i < columns; i += 2, v += pitch) {
-    typename V::U vectors[Z];
-    for (int z = 0; z < Z; ++z) vectors[z] = V::template read<typename V::U>(v + z * Isa::W);
-    for (int r = 0; r < R; ++r) {
-      const auto pair = typename V::U{} + V::template read<uint32_t>(x.at + r * x.stride + i);
-      for (int z = 0; z < Z; ++z) acc[r][z] = Isa::dot_pairs(acc[r][z], vectors[z], pair);
-    }
+  const auto multiply_add = [](F sum, F a, F b) EV_LAMBDA { return sum + a * b; };
+  const auto pairs = [&](int z) EV_LAMBDA { return V::template read<typename V::U>(v.template vector<Isa::W>(z)); };
+  for (int64_t i = 0; i < columns; i += 2, v.at += EV_LANES) {
+    outer(acc, [&](int r) EV_LAMBDA { return V::set1(h.at[r * h.stride + i]); },
+          [&](int z) EV_LAMBDA { return (F)(pairs(z) << 16); }, multiply_add);
+    outer(acc, [&](int r) EV_LAMBDA { return V::set1(h.at[r * h.stride + i + 1]); },
+          [&](int z) EV_LAMBDA { return (F)(pairs(z) & 0xffff0000u); }, multiply_add);
   }
 }
 
-template <class Isa, int R, int Z, class Stream, class Reader>
-void register_tile(Stream h, const Reader* v, int64_t pitch, int64_t columns, float* p, int64_t p_stride, bool first) {
+// ... and where the processor multiplies pairs, those meet the pairs of a bf16 x.
+template <class Isa, int R, int Z, class F>
+EV_INLINE void accumulate(F (&acc)[R][Z], Pairs x, Panels<uint32_t> v, int64_t columns) {
+  using V = Vec<Isa::W>;
+  using U = typename V::U;
+  for (int64_t i = 0; i < columns; i += 2, v.at += EV_LANES) {
+    outer(acc, [&](int r) EV_LAMBDA { return U{} + V::template read<uint32_t>(x.at + r * x.stride + i); },
+          [&](int z) EV_LAMBDA { return V::template read<U>(v.template vector<Isa::W>(z)); },
+          [](F sum, U a, U b) EV_LAMBDA { return Isa::dot_pairs(sum, a, b); });
+  }
+}
+
+template <class Isa, int R, int Z, class Stream, class T>
+void register_tile(Stream h, Panels<T> v, int64_t columns, float* p, int64_t p_stride, bool first) {
   using V = Vec<Isa::W>;
   typename V::F acc[R][Z];
   for (int r = 0; r < R; ++r)
     for (int z = 0; z < Z; ++z) acc[r][z] = first ? typename V::F{} : V::load(p + r * p_stride + z * Isa::W);
-  accumulate<Isa, R, Z>(acc, h, v, pitch, columns);
+  accumulate<Isa, R, Z>(acc, h, v, columns);
   for (int r = 0; r < R; ++r)
     for (int z = 0; z < Z; ++z) V::store(p + r * p_stride + z * Isa::W, acc[r][z]);
 }
 
-template <class Isa, int R, int Z, class Stream, class Reader>
-EV_INLINE void vectors_of_rows(int64_t vectors, Stream h, const Reader* v, int64_t pitch, int64_t columns, float* p, int64_t ps, bool first) {
-  if constexpr (Z > 0) {
-    for (; vectors >= Z; vectors -= Z, v += Z * Isa::W, p += Z * Isa::W)
-      register_tile<Isa, R, Z>(h, v, pitch, columns, p, ps, first);
-    if (vectors > 0) vectors_of_rows<Isa, R, Z - 1>(vectors, h, v, pitch, columns, p, ps, first);
+// All rows of the tile against Z vectors, which stay in L1 meanwhile.
+template <class Isa, int R, int Z, class Stream, class T>
+EV_INLINE void all_rows(int64_t rows, Stream h, Panels<T> v, int64_t columns, float* p, int64_t p_stride, bool first) {
+  if constexpr (R > 0) {
+    for (; rows >= R; rows -= R, h.at += R * h.stride, p += R * p_stride)
+      register_tile<Isa, R, Z>(h, v, columns, p, p_stride, first);
+    if (rows > 0) all_rows<Isa, R - 1, Z>(rows, h, v, columns, p, p_stride, first);
   }
 }
 
-template <class Isa, int R, class Stream, class Reader>
-EV_INLINE void rows_of_tile(int64_t rows, int64_t vectors, Stream h, const Reader* v, int64_t pitch, int64_t columns, float* p, int64_t ps, bool first) {
-  if constexpr (R > 0) {
-    for (; rows >= R; rows -= R, h.at += R * h.stride, p += R * ps)
-      vectors_of_rows<Isa, R, Isa::VECTORS[R]>(vectors, h, v, pitch, columns, p, ps, first);
-    if (rows > 0) rows_of_tile<Isa, R - 1>(rows, vectors, h, v, pitch, columns, p, ps, first);
+// Up to R rows against all vectors, at most Z at a time.
+template <class Isa, int R, int Z, class Stream, class T>
+EV_INLINE void all_vectors(int64_t rows, int64_t vectors, Stream h, Panels<T> v, int64_t columns, float* p, int64_t p_stride, bool first) {
+  if constexpr (Z > 0) {
+    for (; vectors >= Z; vectors -= Z, v.at = v.template vector<Isa::W>(Z), p += Z * Isa::W)
+      all_rows<Isa, R, Z>(rows, h, v, columns, p, p_stride, first);
+    if (vectors > 0) all_vectors<Isa, R, Z - EV_LANES / Isa::W>(rows, vectors, h, v, columns, p, p_stride, first);
   }
+}
+
+// The fewer the rows, the more vectors beside them keep the multipliers busy.
+template <class Isa, int R, class Stream, class T>
+EV_INLINE void block_of_tile(int64_t rows, int64_t vectors, Stream h, Panels<T> v, int64_t columns, float* p, int64_t p_stride, bool first) {
+  if constexpr (R > 1) {
+    if (rows < R) return block_of_tile<Isa, R - 1>(rows, vectors, h, v, columns, p, p_stride, first);
+  }
+  all_vectors<Isa, R, Isa::VECTORS[R]>(rows, vectors, h, v, columns, p, p_stride, first);
 }
 
 // --- projections of a tile ------------------------------------------------------------------------------------------
@@ -154,8 +191,9 @@ void project(const ev_args* args, ev_range tokens, ev_range concepts, float* p, 
   const bool direct = Isa::BF16_DOT && pairs && a.dtype == EV_BF16 && !a.residual && a.d % 2 == 0;
   alignas(64) float staged[EV_TILE * EV_BLOCK];
   typename V::F squares[EV_TILE] = {};
-  const float* wide = static_cast<const float*>(a.readers) + concepts.begin;
-  const uint32_t* paired = static_cast<const uint32_t*>(a.readers) + concepts.begin;
+  const int64_t pair_rows = (a.d + 1) / 2;
+  const Panels<float> wide{static_cast<const float*>(a.readers) + concepts.begin * a.d, a.d * EV_LANES};
+  const Panels<uint32_t> paired{static_cast<const uint32_t*>(a.readers) + concepts.begin * pair_rows, pair_rows * EV_LANES};
 
   for (int64_t column = 0; column < a.d; column += EV_BLOCK) {
     const int64_t columns = a.d - column < EV_BLOCK ? a.d - column : EV_BLOCK;
@@ -163,7 +201,7 @@ void project(const ev_args* args, ev_range tokens, ev_range concepts, float* p, 
     if constexpr (Isa::BF16_DOT) {
       if (direct) {
         const Pairs x{static_cast<const bf16*>(a.x) + tokens.begin * a.x_stride + column, a.x_stride};
-        rows_of_tile<Isa, Isa::ROWS>(count, vectors, x, paired + column / 2 * a.k_padded, a.k_padded, columns, p, p_stride, first);
+        block_of_tile<Isa, Isa::ROWS>(count, vectors, x, paired.from(column / 2), columns, p, p_stride, first);
         if (sq) squares_of<Isa, bf16>(a, tokens, column, columns, squares);
         continue;
       }
@@ -173,9 +211,9 @@ void project(const ev_args* args, ev_range tokens, ev_range concepts, float* p, 
     if (a.dtype == EV_F16) stage<Isa, f16>(a, tokens, column, columns, staged, squares);
     const Staged h{staged, EV_BLOCK};
     if (pairs) {
-      rows_of_tile<Isa, Isa::ROWS>(count, vectors, h, paired + column / 2 * a.k_padded, a.k_padded, columns, p, p_stride, first);
+      block_of_tile<Isa, Isa::ROWS>(count, vectors, h, paired.from(column / 2), columns, p, p_stride, first);
     } else {
-      rows_of_tile<Isa, Isa::ROWS>(count, vectors, h, wide + column * a.k_padded, a.k_padded, columns, p, p_stride, first);
+      block_of_tile<Isa, Isa::ROWS>(count, vectors, h, wide.from(column), columns, p, p_stride, first);
     }
   }
   if (sq)

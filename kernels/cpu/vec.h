@@ -64,7 +64,7 @@ struct Vec {
   using U = typename Lanes<W>::U;
   using H = typename Lanes<W>::H;
 
-  static EV_INLINE F set1(float value) { return F{} + value; }
+  static EV_INLINE F set1(float value) { return value - F{}; }  // exact, also for -0: the compiler makes a broadcast of it
 
   template <class V>
   static EV_INLINE V read(const void* from) {
