@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from banks import run_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -247,3 +248,9 @@ def test_pieces_without_ids_are_positions_and_a_reading_can_be_pickled():
     reading = pickle.loads(pickle.dumps(a_reading()[2:]))
     assert reading.pieces == ("[2]", "[3]", "[4]", "[5]")
     assert reading.top(1) == a_reading()[2:].top(1)
+
+
+def test_the_docs_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_examples("monitor.md")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "picture.svg"]
