@@ -265,7 +265,7 @@ def test_round_limits(size):
 def test_numbers():
     assert [number(value) for value in (0.0, -0.001, 1.234, -12.34, 1234.5)] == ["0.00", "0.00", "+1.23", "\u221212.3", "+1,234"]
     assert [number(math.nan), number(2.0, sign=False)] == ["n/a", "2.00"]
-    assert [short(value) for value in (4.0, -1.5, 0.0, 20.0, 300.0)] == ["+4", "\u22121.5", "0", "+20", "+300"]
+    assert [short(value) for value in (4.0, -1.5, 0.0, 20.0, 300.0, -0.015)] == ["+4", "\u22121.5", "0", "+20", "+300", "\u22120.015"]
     assert [times(value) for value in (2.5, 0.4, 1.0, 0.999, 500.0)] == [
         "\u00d72.50",
         "\u00f72.50",

@@ -78,5 +78,7 @@ def number(value: float, *, sign: bool = True) -> str:
 
 def short(value: float) -> str:
     """A round number as an axis shows it: ``+4``, ``−1.5``."""
+    if 0 < abs(value) < 0.1:
+        return f"{value:+.2g}".replace("-", "\u2212", 1)
     text = number(value)
     return text.rstrip("0").rstrip(".") if "." in text else text
