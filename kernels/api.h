@@ -69,6 +69,9 @@ struct ev_cpu_form {
 // The form for `kernel`, or null where this processor (or this build) cannot run it.
 const ev_cpu_form* ev_cpu_form_for(int32_t kernel);
 
+// The number of the fastest form that this processor can run.
+int32_t ev_cpu_fastest(void);
+
 // Enqueue on `stream` (a cudaStream_t). Returns a cudaError_t; `ev_cuda_error_string` words it.
 int ev_cuda_apply(const ev_args* args, int32_t kernel, void* stream);
 const char* ev_cuda_error_string(int error);

@@ -35,3 +35,9 @@ extern "C" const ev_cpu_form* ev_cpu_form_for(int32_t kernel) {
 #endif
   return &ev_form_scalar;
 }
+
+extern "C" int32_t ev_cpu_fastest(void) {
+  int32_t kernel = EV_CPU_AVX512_BF16;
+  while (kernel > EV_CPU_SCALAR && !ev_cpu_form_for(kernel)) --kernel;
+  return kernel;
+}

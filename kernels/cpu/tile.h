@@ -7,7 +7,7 @@
 // A projection is one accumulator per (token, concept), summed over d in order. So it depends neither on the shape of
 // the register tile, nor on the blocking, nor on the number of threads, nor on what else is in the batch.
 #pragma once
-#include "../common/steer.h"
+#include "plan.h"
 #include "vec.h"
 
 #define EV_LAMBDA __attribute__((always_inline))
@@ -16,7 +16,6 @@ namespace {
 
 enum : int64_t {
   EV_BLOCK = 256,  // columns of d at a time: one panel of readers is then 8 KB (bf16) or 16 KB (fp32) and stays in L1
-  EV_TILE = 48,    // most tokens of a tile: 48 x 256 fp32 staged are 48 KB and stay in L2
 };
 
 // Readers are packed in panels of 16 concepts, so that the innermost loop reads them as a few contiguous streams.
@@ -189,8 +188,8 @@ void project(const ev_args* args, ev_range tokens, ev_range concepts, float* p, 
   const int64_t count = tokens.end - tokens.begin, vectors = (concepts.end - concepts.begin) / Isa::W;
   const bool pairs = a.reader_dtype == EV_BF16;
   const bool direct = Isa::BF16_DOT && pairs && a.dtype == EV_BF16 && !a.residual && a.d % 2 == 0;
-  alignas(64) float staged[EV_TILE * EV_BLOCK];
-  typename V::F squares[EV_TILE] = {};
+  alignas(64) float staged[EV_CPU_TILE * EV_BLOCK];
+  typename V::F squares[EV_CPU_TILE] = {};
   const int64_t pair_rows = (a.d + 1) / 2;
   const Panels<float> wide{static_cast<const float*>(a.readers) + concepts.begin * a.d, a.d * EV_LANES};
   const Panels<uint32_t> paired{static_cast<const uint32_t*>(a.readers) + concepts.begin * pair_rows, pair_rows * EV_LANES};
