@@ -1,0 +1,9 @@
+"""Making a bank: directions from labelled stories, calibrated on ordinary text."""
+
+from emovec.extraction.calibrate import calibrate
+from emovec.extraction.corpus import CorpusError
+from emovec.extraction.recipe import Recipe
+from emovec.extraction.run import Extraction, Plan, Summary, extract
+from emovec.extraction.state import StateError
+
+__all__ = ["CorpusError", "Extraction", "Plan", "Recipe", "StateError", "Summary", "calibrate", "extract"]

@@ -1,0 +1,134 @@
+"""How ordinary text looks to a bank: what its readers read there, and how long the stream is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emovec.bank_layer import KINDS, BankError, BankLayer, Baseline
+from emovec.extraction import ranks
+from emovec.extraction.blocks import Blocks
+from emovec.extraction.corpus import Source, Turns, dialogues, prompts
+from emovec.extraction.progress import Progress
+from emovec.extraction.sums import Sums
+from emovec.extraction.tokens import GENERATED, PROMPT, UNUSED, Batch, Tokens, batches, dialogue_tokens, prompt_tokens
+
+RANDOM_DIRECTIONS = 128
+
+
+def calibrate(
+    model: nn.Module,
+    tokenizer: Any,
+    layers: Sequence[BankLayer],
+    ordinary: Source,
+    neutral: Source,
+    *,
+    batch_tokens: int = 4096,
+    progress: Progress | None = None,
+) -> list[BankLayer]:
+    """The layers with baselines, residual norm and random null of this model.
+
+    Baselines are projections on the layer's readers: ``prompt`` over the words of ordinary prompts, ``turn_start`` over
+    their last token before the answer, ``generated`` over the assistant's words in neutral dialogues. ``residual_norm`` is
+    the median norm over the words of all of these (never a text's first token, which is the template's). ``random_null``
+    are the projections of the ``prompt`` tokens on 128 random unit directions.
+
+    Args:
+        model: a decoder of transformers.
+        tokenizer: its tokenizer; without a chat template, dialogues are written out plainly.
+        layers: layers of a bank; what calibration they have is replaced.
+        ordinary: prompts, objects with ``content``.
+        neutral: dialogues, objects with ``turns``.
+        batch_tokens: tokens in a batch, padding included.
+        progress: told of the tokens done.
+
+    Raises:
+        CorpusError: naming the line that is wrong.
+        BankError: a layer that does not exist, activations that are not finite, or too little text.
+    """
+    blocks = Blocks(model, [layer.index for layer in layers])
+    sums = _ProjectionSums(layers)
+    texts = texts_of(tokenizer, prompts(ordinary)(), dialogues(neutral)())
+    with blocks.shown_to(sums.see):
+        for batch in ranks.share(batches(texts, batch_tokens)):
+            sums.take(batch)
+            blocks.run(batch)
+            if progress is not None:
+                progress.advance(batch.tokens)
+    sums.over_ranks()
+    return [sums.calibrated(layer) for layer in layers]
+
+
+def texts_of(tokenizer: Any, ordinary: Iterable[Turns], neutral: Iterable[Turns]) -> Iterable[Tokens]:
+    """The texts of a calibration: of prompts their words and last token, of dialogues the assistant's words."""
+    said = (dialogue_tokens(tokenizer, turns) for turns in neutral)
+    return chain(
+        (prompt_tokens(tokenizer, turns) for turns in ordinary),
+        (replace(text, kinds=[GENERATED if kind == GENERATED else UNUSED for kind in text.kinds]) for text in said),
+    )
+
+
+class _ProjectionSums(Sums):
+    """Per layer and kind of position the sums of projections and of their squares; and every used token's norm."""
+
+    def __init__(self, layers: Sequence[BankLayer]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._onto: dict[int, Tensor] = {}
+        shapes: dict[str, tuple[int, ...]] = {"count": (len(KINDS),)}
+        for layer in layers:
+            random = torch.randn(RANDOM_DIRECTIONS, layer.width, generator=generator)
+            readers = layer.directions if layer.readers is None else layer.readers
+            self._onto[layer.index] = torch.cat([readers, random / random.norm(dim=1, keepdim=True)]).double()
+            columns = len(self._onto[layer.index])
+            shapes |= {f"sum.{layer.index}": (len(KINDS), columns), f"square.{layer.index}": (len(KINDS), columns)}
+        super().__init__(shapes)
+        self._norms: dict[int, list[Tensor]] = {layer.index: [] for layer in layers}
+        self._batch: Batch | None = None
+
+    def take(self, batch: Batch) -> None:
+        self._batch = batch
+        used = batch.kinds[batch.kinds != UNUSED]
+        self.at("count", "cpu").add_(torch.bincount(used, minlength=len(KINDS)))
+
+    def see(self, layer: int, hidden: Tensor) -> None:
+        assert self._batch is not None
+        device = hidden.device
+        kinds = self._batch.to(device).kinds
+        self._onto[layer] = self._onto[layer].to(device)
+        used = kinds != UNUSED
+        rows, kinds = hidden[used].double(), kinds[used]
+        projections = rows @ self._onto[layer].T
+        which = (kinds == torch.arange(len(KINDS), device=device)[:, None]).double()
+        self.at(f"sum.{layer}", device).addmm_(which, projections)
+        self.at(f"square.{layer}", device).addmm_(which, projections**2)
+        self._norms[layer].append(rows.norm(dim=1)[(kinds == PROMPT) | (kinds == GENERATED)].float().cpu())
+
+    def over_ranks(self) -> None:
+        super().over_ranks()
+        for layer, norms in self._norms.items():
+            self._norms[layer] = ranks.gather(torch.cat(norms) if norms else torch.empty(0))
+
+    def calibrated(self, layer: BankLayer) -> BankLayer:
+        count = self.at("count")
+        sums, squares = self.at(f"sum.{layer.index}").cpu(), self.at(f"square.{layer.index}").cpu()
+        for kind, tokens in zip(KINDS, count.tolist(), strict=True):
+            if tokens < 2:
+                raise BankError(f"{int(tokens)} tokens of kind {kind!r} in the ordinary prompts and neutral dialogues; a baseline needs two at least")
+        if not bool(squares.isfinite().all()):
+            raise BankError(f"layer {layer.index}: activations are not finite; try bfloat16 or float32")
+        mean = sums / count[:, None]
+        std = ((squares - mean * sums) / (count[:, None] - 1)).clamp_min(0).sqrt()
+        concepts = len(layer.names)
+        return replace(
+            layer,
+            baselines={
+                kind: Baseline(mean[row, :concepts].float(), std[row, :concepts].float(), int(count[row])) for row, kind in enumerate(KINDS)
+            },
+            residual_norm=float(torch.cat(self._norms[layer.index]).median()),
+            random_null=Baseline(mean[PROMPT, concepts:].float(), std[PROMPT, concepts:].float(), int(count[PROMPT])),
+        )

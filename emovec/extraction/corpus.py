@@ -1,0 +1,136 @@
+"""What a bank is made from: labelled stories, neutral dialogues, ordinary prompts; and the corpus that comes with emovec."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+from emovec.bank_layer import shown
+
+SHIPPED = Path(__file__).parent.parent / "data" / "corpus"
+
+Turns: TypeAlias = list[dict[str, str]]
+Source: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[Mapping[str, Any]]
+"""A JSON Lines file, several of them, or the objects themselves."""
+
+
+class CorpusError(ValueError):
+    """A corpus is not what it must be; the message names the file and the line, or the item."""
+
+
+@dataclass(frozen=True)
+class Story:
+    """A text in which someone feels ``emotion`` without its being named."""
+
+    emotion: str
+    text: str
+    topic: str = ""
+
+
+def shipped(name: str) -> Path:
+    """The path of a file of the corpus that comes with emovec, such as ``stories.jsonl``."""
+    path = SHIPPED / name
+    if not path.is_file():
+        raise CorpusError(f"the corpus has no file {shown(name)}; it has {', '.join(sorted(file.name for file in SHIPPED.iterdir()))}")
+    return path
+
+
+def emotions() -> list[str]:
+    """The 171 emotion words, in the paper's order."""
+    return shipped("emotions.txt").read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def families() -> dict[str, list[str]]:
+    """The paper's 10 clusters of the emotion words."""
+    return cast("dict[str, list[str]]", json.loads(shipped("families.json").read_text(encoding="utf-8")))
+
+
+def stories(source: Source) -> Callable[[], Iterator[Story]]:
+    """A function that reads the stories afresh, one at a time, each time it is called.
+
+    Objects need ``emotion`` and ``text``; ``topic`` is optional and other fields are ignored.
+    """
+    return _reader(source, _story)
+
+
+def dialogues(source: Source) -> Callable[[], Iterator[Turns]]:
+    """Likewise for dialogues: objects with ``turns``, each of a ``role`` and a ``content``."""
+    return _reader(source, _dialogue)
+
+
+def prompts(source: Source) -> Callable[[], Iterator[Turns]]:
+    """Likewise for prompts: objects with ``content``; each becomes a dialogue of one user turn."""
+    return _reader(source, lambda item: [{"role": "user", "content": _text(item, "content")}])
+
+
+def digest(items: Iterable[Any]) -> str:
+    """A hash of what the items say, whatever the files' layout."""
+    found = hashlib.sha256()
+    for item in items:
+        found.update(json.dumps(item, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return found.hexdigest()[:16]
+
+
+def _story(item: Mapping[str, Any]) -> Story:
+    topic = item.get("topic", "")
+    return Story(_text(item, "emotion").strip(), _text(item, "text"), topic if isinstance(topic, str) else str(topic))
+
+
+def _dialogue(item: Mapping[str, Any]) -> Turns:
+    turns = item.get("turns")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
+        raise CorpusError(f"'turns' must be a list of objects with role and content, got {shown(turns)}")
+    return [{"role": _text(turn, "role"), "content": _text(turn, "content")} for turn in turns]
+
+
+def _text(item: Mapping[str, Any], field: str) -> str:
+    value = item.get(field)
+    if not isinstance(value, str) or not value.strip():
+        raise CorpusError(f"{field!r} must be text, got {shown(value)}" if field in item else f"no {field!r}")
+    return value
+
+
+def _reader(source: Source, parse: Callable[[Mapping[str, Any]], Any]) -> Callable[[], Iterator[Any]]:
+    paths = _paths(source)
+    if paths is not None:
+        return lambda: (parsed for path in paths for parsed in _lines(path, parse))
+    items = list(cast("Iterable[Mapping[str, Any]]", source))
+    return lambda: (_parsed(item, parse, f"item {number}") for number, item in enumerate(items))
+
+
+def _paths(source: Source) -> list[Path] | None:
+    if isinstance(source, str | os.PathLike):
+        return [Path(source)]
+    if isinstance(source, Sequence) and source and all(isinstance(part, str | os.PathLike) for part in source):
+        return [Path(cast("str", part)) for part in source]
+    return None
+
+
+def _lines(path: Path, parse: Callable[[Mapping[str, Any]], Any]) -> Iterator[Any]:
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - closed below; bytes, so that a line that is not UTF-8 can be named
+    except OSError as error:
+        raise CorpusError(f"{path}: {error.strerror}") from error
+    with file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"{path}:{number}"
+                try:
+                    item = json.loads(line.decode("utf-8"))
+                except (ValueError, RecursionError) as error:
+                    raise CorpusError(f"{where}: not a line of JSON: {error}") from None
+                yield _parsed(item, parse, where)
+
+
+def _parsed(item: object, parse: Callable[[Mapping[str, Any]], Any], where: str) -> Any:
+    if not isinstance(item, Mapping):
+        raise CorpusError(f"{where}: not an object but {shown(item)}")
+    try:
+        return parse(item)
+    except CorpusError as error:
+        raise CorpusError(f"{where}: {error}") from None

@@ -1,0 +1,50 @@
+"""Several processes under ``torchrun``, each with a copy of the model: who does which batch, and how the sums come together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def join() -> None:
+    """Join the group that ``torchrun`` describes in the environment, unless there is none or it was joined already."""
+    if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def share(items: Iterable[T]) -> Iterator[T]:
+    """Every ``world()``-th of ``items``, from this rank's on."""
+    return islice(items, rank(), None, world())
+
+
+def add(tensor: Tensor) -> Tensor:
+    """The sum of ``tensor`` over all ranks, on each of them and in place."""
+    if world() > 1:
+        here = tensor.to(torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else tensor.device)
+        dist.all_reduce(here)
+        tensor.copy_(here)
+    return tensor
+
+
+def gather(value: Any) -> list[Any]:
+    """``value`` of each rank."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,92 @@
+"""From sums to directions and readers: plain linear algebra on what the pass over the stories has left."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMATS = ("raw", "chat")
+DENOISE = ("tokens", "dialogues", None)
+READERS = ("whitened", None)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to the stories.
+
+    Attributes:
+        skip: tokens of each story left out at its start, before the feeling has shown.
+        format: "raw", the story's text alone, or "chat", the story as a user's message in the model's chat template.
+        denoise: principal components of neutral dialogues are projected out of the directions: of their "tokens", of their
+            "dialogues" (each dialogue's mean), or None.
+        variance: share of the neutral variance that the components reach.
+        readers: "whitened" (directions times the inverse covariance of stories of one emotion) or None (the directions).
+        shrinkage: of that covariance toward a multiple of the identity, between 0 and 1.
+    """
+
+    skip: int = 50
+    format: str = "raw"
+    denoise: str | None = "tokens"
+    variance: float = 0.5
+    readers: str | None = "whitened"
+    shrinkage: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, known in (("format", FORMATS), ("denoise", DENOISE), ("readers", READERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
+        if not isinstance(self.skip, int) or self.skip < 0:
+            raise ValueError(f"skip must be a number of tokens, got {self.skip!r}")
+        for name in ("variance", "shrinkage"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def contrast(sums: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Each concept's mean minus the mean of all concepts' means, and the latter: [K, d] and [d], from sums [K, d] and counts [K]."""
+    means = sums / count[:, None].to(sums)
+    grand = means.mean(0)
+    return means - grand, grand
+
+
+def within(scatter: Tensor, sums: Tensor, count: Tensor) -> Tensor:
+    """The covariance [d, d] of stories about the mean of their concept."""
+    count = count.to(sums)
+    inside = scatter - (sums / count[:, None]).T @ sums
+    return inside / (count.sum() - len(count)).clamp_min(1)
+
+
+def leading(covariance: Tensor, variance: float) -> Tensor:
+    """The fewest leading eigenvectors [c, d] of ``covariance`` [d, d] that reach this share of its trace."""
+    values, vectors = torch.linalg.eigh(covariance)
+    share = values.clamp_min(0).flip(0).cumsum(0) / values.clamp_min(0).sum()
+    count = int((share < variance * (1 - 1e-12)).sum()) + 1
+    return vectors.flip(1)[:, :count].T
+
+
+def project_out(rows: Tensor, components: Tensor) -> Tensor:
+    """``rows`` [K, d] without their parts along orthonormal ``components`` [c, d]."""
+    return rows - (rows @ components.T) @ components
+
+
+def unit(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of length one, and the lengths they had."""
+    norm = rows.norm(dim=1)
+    return rows / norm[:, None], norm
+
+
+def whiten(directions: Tensor, covariance: Tensor, shrinkage: float) -> Tensor:
+    """Readers ``r_k`` [K, d]: ``directions`` times the inverse of the shrunk covariance, scaled so that ``<r_k, v_k> = 1``.
+
+    A step along ``v_k`` then moves what ``r_k`` reads by the step's length, as it does where readers are the directions.
+    """
+    width = len(covariance)
+    target = torch.eye(width, dtype=covariance.dtype, device=covariance.device) * covariance.diagonal().mean()
+    rows = torch.linalg.solve(torch.lerp(covariance, target, shrinkage), directions.T).T
+    return rows / (rows * directions).sum(1, keepdim=True)
