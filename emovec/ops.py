@@ -24,7 +24,7 @@ MAX_CONDITION = 1e5  # of G_S: fp32 keeps two digits of a rule there, and such d
 
 _LIBRARY = Path(__file__).parent / "libemovec.so"
 try:
-    torch.ops.load_library(str(_LIBRARY))
+    torch.ops.load_library(str(_LIBRARY))  # type: ignore[no-untyped-call]
 except OSError as error:
     raise ImportError(
         f"emovec's native library is missing or does not load: {_LIBRARY}; build it with `pip install .` ({error})"
@@ -111,9 +111,10 @@ def pack(readers: Tensor) -> Tensor:
     if readers.device.type != "cpu":
         return pad(readers, (0, 0, 0, lanes)).contiguous()
     if readers.dtype == torch.bfloat16:
-        panels = pad(readers, (0, width % 2, 0, lanes)).unflatten(0, (-1, LANES)).unflatten(-1, (-1, 2))
-        return panels.transpose(1, 2).contiguous()
-    return pad(readers.float(), (0, 0, 0, lanes)).unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
+        panels = pad(readers, (0, width % 2, 0, lanes)).reshape(-1, LANES, (width + 1) // 2, 2)
+    else:
+        panels = pad(readers.float(), (0, 0, 0, lanes)).reshape(-1, LANES, width)
+    return panels.transpose(1, 2).contiguous()
 
 
 def unpack(packed: Tensor, concepts: int, width: int) -> Tensor:
@@ -282,7 +283,7 @@ def apply_(
     )
 
 
-@torch.library.register_fake("emovec::apply_")
+@torch.library.register_fake("emovec::apply_")  # type: ignore[untyped-decorator]
 def _(x: Tensor, *args: object, **kwargs: object) -> None:
     for argument in (*args, *kwargs.values()):
         if isinstance(argument, Tensor) and argument.device != x.device:

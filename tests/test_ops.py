@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from banks import run_examples
 from cases import DTYPES, Case, correlated, make, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -306,3 +307,7 @@ def test_operands_refuse_what_does_not_fit() -> None:
 def test_pack_round_trip(dtype: torch.dtype, width: int) -> None:
     readers = torch.randn(19, width).to(dtype)
     assert torch.equal(ops.unpack(ops.pack(readers), 19, width).to(dtype), readers)
+
+
+def test_the_examples_in_the_documentation_run() -> None:
+    run_examples("op.md")
