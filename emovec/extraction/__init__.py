@@ -2,8 +2,9 @@
 
 from emovec.extraction.calibrate import calibrate
 from emovec.extraction.corpus import CorpusError
+from emovec.extraction.plan import Plan
 from emovec.extraction.recipe import Recipe
-from emovec.extraction.run import Extraction, Plan, Summary, extract
+from emovec.extraction.run import Extraction, Summary, extract
 from emovec.extraction.state import StateError
 
 __all__ = ["CorpusError", "Extraction", "Plan", "Recipe", "StateError", "Summary", "calibrate", "extract"]

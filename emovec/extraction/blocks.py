@@ -30,7 +30,10 @@ class Blocks:
                 raise BankError(f"layer {layer} does not exist in a model of {len(blocks)} layers, 0 to {len(blocks) - 1}")
         if not self.layers:
             raise BankError("no layers to extract from")
-        self.device = next(model.parameters()).device
+        if model.training:
+            raise ValueError("the model is in training mode, where dropout changes what it computes; call model.eval() first")
+        # a weight that is offloaded has no device, and the hooks that fetch it move its inputs too
+        self.device = next((value.device for value in model.parameters() if value.device.type != "meta"), torch.device("cpu"))
         self.max_tokens: int | None = getattr(getattr(self._decoder, "config", None), "max_position_embeddings", None)
 
     @torch.inference_mode()
@@ -56,7 +59,9 @@ def _hook(layer: int, see: See) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         if not isinstance(hidden, Tensor) or hidden.dim() != 3:
-            raise TypeError(f"the output of layer {layer}, a {type(module).__name__}, is not a tensor [B, T, d] but {type(hidden).__name__}")
+            raise TypeError(
+                f"the output of layer {layer}, a {type(module).__name__}, is not a tensor [B, T, d] but {type(hidden).__name__}"
+            )
         see(layer, hidden)
 
     return hook

@@ -118,7 +118,9 @@ class _ProjectionSums(Sums):
         sums, squares = self.at(f"sum.{layer.index}").cpu(), self.at(f"square.{layer.index}").cpu()
         for kind, tokens in zip(KINDS, count.tolist(), strict=True):
             if tokens < 2:
-                raise BankError(f"{int(tokens)} tokens of kind {kind!r} in the ordinary prompts and neutral dialogues; a baseline needs two at least")
+                raise BankError(
+                    f"{int(tokens)} tokens of kind {kind!r} in the ordinary prompts and neutral dialogues; a baseline needs two at least"
+                )
         if not bool(squares.isfinite().all()):
             raise BankError(f"layer {layer.index}: activations are not finite; try bfloat16 or float32")
         mean = sums / count[:, None]

@@ -19,17 +19,22 @@ Source: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | 
 """A JSON Lines file, several of them, or the objects themselves."""
 
 
+_Parse: TypeAlias = Callable[[Mapping[str, Any], str], Any]
+"""From an object and where it stands to what it says."""
+
+
 class CorpusError(ValueError):
     """A corpus is not what it must be; the message names the file and the line, or the item."""
 
 
 @dataclass(frozen=True)
 class Story:
-    """A text in which someone feels ``emotion`` without its being named."""
+    """A text in which someone feels ``emotion`` without its being named; ``where`` it stands, for messages."""
 
     emotion: str
     text: str
     topic: str = ""
+    where: str = "a story"
 
 
 def shipped(name: str) -> Path:
@@ -65,7 +70,7 @@ def dialogues(source: Source) -> Callable[[], Iterator[Turns]]:
 
 def prompts(source: Source) -> Callable[[], Iterator[Turns]]:
     """Likewise for prompts: objects with ``content``; each becomes a dialogue of one user turn."""
-    return _reader(source, lambda item: [{"role": "user", "content": _text(item, "content")}])
+    return _reader(source, lambda item, where: [{"role": "user", "content": _text(item, "content")}])
 
 
 def digest(items: Iterable[Any]) -> str:
@@ -76,12 +81,12 @@ def digest(items: Iterable[Any]) -> str:
     return found.hexdigest()[:16]
 
 
-def _story(item: Mapping[str, Any]) -> Story:
+def _story(item: Mapping[str, Any], where: str) -> Story:
     topic = item.get("topic", "")
-    return Story(_text(item, "emotion").strip(), _text(item, "text"), topic if isinstance(topic, str) else str(topic))
+    return Story(_text(item, "emotion").strip(), _text(item, "text"), topic if isinstance(topic, str) else str(topic), where)
 
 
-def _dialogue(item: Mapping[str, Any]) -> Turns:
+def _dialogue(item: Mapping[str, Any], where: str) -> Turns:
     turns = item.get("turns")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
         raise CorpusError(f"'turns' must be a list of objects with role and content, got {shown(turns)}")
@@ -95,12 +100,12 @@ def _text(item: Mapping[str, Any], field: str) -> str:
     return value
 
 
-def _reader(source: Source, parse: Callable[[Mapping[str, Any]], Any]) -> Callable[[], Iterator[Any]]:
+def _reader(source: Source, parse: _Parse) -> Callable[[], Iterator[Any]]:
     paths = _paths(source)
     if paths is not None:
         return lambda: (parsed for path in paths for parsed in _lines(path, parse))
     items = list(cast("Iterable[Mapping[str, Any]]", source))
-    return lambda: (_parsed(item, parse, f"item {number}") for number, item in enumerate(items))
+    return lambda: (_parsed(item, parse, f"item {number}") for number, item in enumerate(items, start=1))
 
 
 def _paths(source: Source) -> list[Path] | None:
@@ -111,7 +116,7 @@ def _paths(source: Source) -> list[Path] | None:
     return None
 
 
-def _lines(path: Path, parse: Callable[[Mapping[str, Any]], Any]) -> Iterator[Any]:
+def _lines(path: Path, parse: _Parse) -> Iterator[Any]:
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed below; bytes, so that a line that is not UTF-8 can be named
     except OSError as error:
@@ -127,10 +132,10 @@ def _lines(path: Path, parse: Callable[[Mapping[str, Any]], Any]) -> Iterator[An
                 yield _parsed(item, parse, where)
 
 
-def _parsed(item: object, parse: Callable[[Mapping[str, Any]], Any], where: str) -> Any:
+def _parsed(item: object, parse: _Parse, where: str) -> Any:
     if not isinstance(item, Mapping):
         raise CorpusError(f"{where}: not an object but {shown(item)}")
     try:
-        return parse(item)
+        return parse(item, where)
     except CorpusError as error:
         raise CorpusError(f"{where}: {error}") from None

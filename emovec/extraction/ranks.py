@@ -1,4 +1,7 @@
-"""Several processes under ``torchrun``, each with a copy of the model: who does which batch, and how the sums come together."""
+"""Several processes under ``torchrun``, each with a copy of the model: who does which batch, and how the sums come together.
+
+They talk through gloo whatever the device: the sums are small, and two processes may then share a GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,22 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
 
 
+_group: Any = None
+
+
 def join() -> None:
     """Join the group that ``torchrun`` describes in the environment, unless there is none or it was joined already."""
+    global _group
     if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("gloo")
+    if _group is None and world() > 1 and dist.get_backend() != "gloo":
+        _group = dist.new_group(backend="gloo")
 
 
 def rank() -> int:
@@ -36,8 +44,8 @@ def share(items: Iterable[T]) -> Iterator[T]:
 def add(tensor: Tensor) -> Tensor:
     """The sum of ``tensor`` over all ranks, on each of them and in place."""
     if world() > 1:
-        here = tensor.to(torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else tensor.device)
-        dist.all_reduce(here)
+        here = tensor.cpu()
+        dist.all_reduce(here, group=_group)
         tensor.copy_(here)
     return tensor
 
@@ -46,5 +54,5 @@ def gather(value: Any) -> list[Any]:
     """``value`` of each rank."""
     values = [value] * world()
     if world() > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=_group)
     return values

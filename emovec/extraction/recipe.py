@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emovec.bank_layer import BankError
+
 FORMATS = ("raw", "chat")
 DENOISE = ("tokens", "dialogues", None)
 READERS = ("whitened", None)
+_LEFT = 1e-6  # a smaller share of a direction is rounding
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,56 @@ class Recipe:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Derived:
+    """What a layer's sums come to, in fp64.
+
+    Attributes:
+        directions: [K, d], unit rows.
+        readers: [K, d], or None where readers are the directions.
+        raw_norm: [K], the directions' lengths before they were made unit.
+        grand_mean: [d], the mean of the concepts' means.
+        components: number of neutral components projected out.
+    """
+
+    directions: Tensor
+    readers: Tensor | None
+    raw_norm: Tensor
+    grand_mean: Tensor
+    components: int
+
+
+def derive(recipe: Recipe, sums: Tensor, count: Tensor, scatter: Tensor | None = None, neutral: Tensor | None = None) -> Derived:
+    """Directions and readers of one layer.
+
+    Args:
+        recipe: what to do.
+        sums: [K, d], each concept's sum of story means.
+        count: [K], its stories.
+        scatter: [d, d], the story means' sum of outer products; needed for whitened readers.
+        neutral: [d, d], the covariance of neutral text; needed to denoise.
+
+    Raises:
+        BankError: sums are not finite, or nothing is left of a direction.
+    """
+    rows, grand = contrast(sums, count)
+    if not bool(rows.isfinite().all()):
+        raise BankError("activations are not finite; try bfloat16 or float32")
+    before, components = rows.norm(dim=1), 0
+    if recipe.denoise:
+        assert neutral is not None
+        removed = leading(neutral, recipe.variance)
+        rows, components = project_out(rows, removed), len(removed)
+    directions, norm = unit(rows)
+    if not bool((norm > _LEFT * before).all()):
+        raise BankError(f"nothing is left of a direction after {components} of {len(grand)} neutral components are projected out")
+    readers = None
+    if recipe.readers == "whitened":
+        assert scatter is not None
+        readers = whiten(directions, within(scatter, sums, count), recipe.shrinkage)
+    return Derived(directions, readers, norm, grand, components)
+
+
 def contrast(sums: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Each concept's mean minus the mean of all concepts' means, and the latter: [K, d] and [d], from sums [K, d] and counts [K]."""
     means = sums / count[:, None].to(sums)
@@ -58,8 +111,8 @@ def contrast(sums: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 def within(scatter: Tensor, sums: Tensor, count: Tensor) -> Tensor:
     """The covariance [d, d] of stories about the mean of their concept."""
     count = count.to(sums)
-    inside = scatter - (sums / count[:, None]).T @ sums
-    return inside / (count.sum() - len(count)).clamp_min(1)
+    inside: Tensor = scatter - (sums / count[:, None]).T @ sums
+    return inside / (count.sum() - len(count))
 
 
 def leading(covariance: Tensor, variance: float) -> Tensor:
@@ -67,7 +120,8 @@ def leading(covariance: Tensor, variance: float) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     share = values.clamp_min(0).flip(0).cumsum(0) / values.clamp_min(0).sum()
     count = int((share < variance * (1 - 1e-12)).sum()) + 1
-    return vectors.flip(1)[:, :count].T
+    components: Tensor = vectors.flip(1)[:, :count].T
+    return components
 
 
 def project_out(rows: Tensor, components: Tensor) -> Tensor:
@@ -88,5 +142,5 @@ def whiten(directions: Tensor, covariance: Tensor, shrinkage: float) -> Tensor:
     """
     width = len(covariance)
     target = torch.eye(width, dtype=covariance.dtype, device=covariance.device) * covariance.diagonal().mean()
-    rows = torch.linalg.solve(torch.lerp(covariance, target, shrinkage), directions.T).T
+    rows: Tensor = torch.linalg.solve(torch.lerp(covariance, target, shrinkage), directions.T).T
     return rows / (rows * directions).sum(1, keepdim=True)

@@ -72,7 +72,8 @@ class Batch:
         if device == self.ids.device:
             return self
         if device not in self._copies:
-            self._copies[device] = Batch(*(part.to(device, non_blocking=True) for part in (self.ids, self.mask, self.kinds, self.labels)))
+            ids, mask, kinds, labels = (part.to(device, non_blocking=True) for part in (self.ids, self.mask, self.kinds, self.labels))
+            self._copies[device] = Batch(ids, mask, kinds, labels)
         return self._copies[device]
 
 
