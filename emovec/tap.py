@@ -123,7 +123,8 @@ class Tap:
             self._move(hidden, module)
         tokens = hidden.numel() // hidden.shape[-1]
         scores = None if self.scores is None else self.scores[:tokens]
-        apply_to(hidden, self.operands, self.table, self.buffer.row[:tokens], scores)
+        row = None if self.table is None else self.buffer.row[:tokens]
+        apply_to(hidden, self.operands, self.table, row, scores)
         self.tokens = tokens
 
     def _move(self, hidden: Tensor, module: nn.Module) -> None:

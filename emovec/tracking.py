@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,8 +56,8 @@ class Listener(Protocol):
     def end(self, span: Span) -> None:
         """After it, unless it failed."""
 
-    def decide(self) -> list[int]:
-        """Before the next token is chosen: the sequences to end here, those ended before included."""
+    def decide(self) -> Mapping[int, int | None]:
+        """Before each token is chosen: sequence -> the token it gets instead, or None to end it; asked until it has ended."""
 
 
 @dataclass
@@ -72,6 +72,7 @@ class _Generation:
     boundary: int | None = None  # columns of the prompt, once it is complete
     mask: Tensor | None = None
     limit: Tensor | None = None  # [batch] columns of each sequence until it ended
+    ending: tuple[int, ...] = ()  # the sequences that the listener ends
 
 
 class Tracker:
@@ -224,7 +225,7 @@ class Tracker:
         generation = self._generation
         if generation is None or beams(generation.config) > 1:  # beams: `done` is of candidates, not of sequences
             return done
-        for row in self._listener.decide():
+        for row in generation.ending:
             done[row] = True
         if len(done) > 1:  # a lone sequence ends the loop
             limit = torch.full_like(done, _NEVER, dtype=torch.int64) if generation.limit is None else generation.limit
@@ -237,11 +238,15 @@ class Tracker:
             return scores
         if generation.boundary is None:
             generation.boundary = generation.columns
-        ended = self._listener.decide()
-        if ended:
+        if beams(generation.config) > 1:
+            return scores
+        decided = self._listener.decide()
+        generation.ending = tuple(row for row, token in decided.items() if token is None)
+        if decided:
             scores = scores.clone()
-            scores[ended] = -torch.inf
-            scores[ended, _filler(generation.config)] = 0.0
+            for row, token in decided.items():
+                scores[row] = -torch.inf
+                scores[row, _filler(generation.config) if token is None else token] = 0.0
         return scores
 
 
