@@ -16,6 +16,7 @@ const std::map<std::string, int32_t>& kernels() {
       {"cpu_avx2", EV_CPU_AVX2},
       {"cpu_avx512", EV_CPU_AVX512},
       {"cpu_avx512_bf16", EV_CPU_AVX512_BF16},
+      {"cpu_amx", EV_CPU_AMX},
 #if defined(EMOVEC_CUDA)
       {"cuda_portable", EV_CUDA_PORTABLE},
 #endif
@@ -46,7 +47,7 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "plan",
       [](int64_t n, int64_t d, int64_t k, int64_t threads) {
-        const ev_cpu_plan plan = ev_plan_cpu(n, d, (k + EV_LANES - 1) / EV_LANES * EV_LANES, threads);
+        const ev_cpu_plan plan = ev_plan_cpu(n, d, (k + EV_LANES - 1) / EV_LANES * EV_LANES, threads, ev_cpu_form_for(ev_cpu_fastest())->tile);
         static const char* const splits[] = {"serial", "over concepts", "over tokens"};
         return std::make_pair(std::string(splits[plan.split]), plan.tile);
       },

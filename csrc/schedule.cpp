@@ -54,7 +54,7 @@ const ev_cpu_form* cpu_form(int64_t kernel) {
 void run(const ev_args& a, const ev_cpu_form& form) {
   if (a.n == 0 || (!a.table.delta && !a.scores && !a.sqnorm)) return;
   const ev_range concepts{0, needs_projections(a) ? a.k_padded : 0};
-  const ev_cpu_plan plan = ev_plan_cpu(a.n, a.d, concepts.end, torch::stable::get_num_threads());
+  const ev_cpu_plan plan = ev_plan_cpu(a.n, a.d, concepts.end, torch::stable::get_num_threads(), form.tile);
   if (plan.split == EV_SERIAL) return run_tokens(a, form, {0, a.n}, concepts, plan.tile);
   if (plan.split == EV_OVER_CONCEPTS) return run_concepts(a, form);
   torch::stable::parallel_for(0, (a.n + plan.tile - 1) / plan.tile, 1, [&](int64_t begin, int64_t end) {

@@ -46,6 +46,7 @@ enum ev_kernel : int32_t {
   EV_CPU_AVX2 = 2,
   EV_CPU_AVX512 = 3,
   EV_CPU_AVX512_BF16 = 4,
+  EV_CPU_AMX = 5,
   EV_CUDA_PORTABLE = 16,
 };
 
@@ -64,6 +65,7 @@ typedef void (*ev_cpu_finish)(const ev_args*, ev_range tokens, const float* p, i
 struct ev_cpu_form {
   ev_cpu_project project;
   ev_cpu_finish finish;
+  int64_t tile;  // tokens it likes to take at a time
 };
 
 // The form for `kernel`, or null where this processor (or this build) cannot run it.
@@ -72,7 +74,9 @@ const ev_cpu_form* ev_cpu_form_for(int32_t kernel);
 // The number of the fastest form that this processor can run.
 int32_t ev_cpu_fastest(void);
 
-// Enqueue on `stream` (a cudaStream_t). Returns a cudaError_t; `ev_cuda_error_string` words it.
+// Enqueue on `stream` (a cudaStream_t) of the current device. Returns a cudaError_t, which `ev_cuda_error_string` words, or
+// EV_NO_KERNEL where `kernel` cannot run this call on this device.
+enum : int32_t { EV_NO_KERNEL = -1 };
 int ev_cuda_apply(const ev_args* args, int32_t kernel, void* stream);
 const char* ev_cuda_error_string(int error);
 

@@ -277,7 +277,7 @@ void finish(const ev_args* args, ev_range tokens, const float* p, int64_t p_stri
 
 template <class Isa>
 constexpr ev_cpu_form form_of() {
-  return {project<Isa>, finish<Isa>};
+  return {project<Isa>, finish<Isa>, 48};
 }
 
 }  // namespace
