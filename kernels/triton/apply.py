@@ -1,0 +1,241 @@
+"""Launches the Triton kernel: argument checks as in csrc/ops.cpp, tile sizes, and its place in torch's dispatcher."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from math import gcd
+
+import torch
+import triton
+from torch import Tensor
+
+from emovec.ops import DTYPES, LANES, MAX_CONCEPTS, MAX_RULES, Layer, Table
+
+from .kernel import apply_kernel
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernel runs on CPU tensors, for tests
+OFFSETS = 2**31  # the kernel's offsets inside a tile, the bank and a row of the table are 32 bits wide
+
+
+# --- tile sizes ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program does at a time: ``tokens`` rows of x and ``columns`` of d, in a pipeline of ``stages``."""
+
+    tokens: int
+    columns: int
+    warps: int
+    stages: int
+
+
+# By architecture, then bytes of an element of x. 128 tokens so that the bank, which every tile reads, costs less than x.
+# The columns are the most that compile without spills; see tests/test_triton.py for the registers and shared memory.
+TILES = {
+    "sm_80": {2: Tile(128, 32, 8, 4), 4: Tile(128, 16, 8, 4)},
+    "sm_90": {2: Tile(128, 64, 8, 4), 4: Tile(128, 16, 8, 4)},
+    "sm_100": {2: Tile(128, 64, 8, 4), 4: Tile(128, 16, 8, 4)},
+    "gfx9": {2: Tile(128, 64, 8, 2), 4: Tile(128, 32, 8, 2)},
+    "interpreter": {2: Tile(32, 64, 1, 1), 4: Tile(32, 64, 1, 1)},
+}
+
+
+def tile_for(architecture: str, itemsize: int) -> Tile:
+    """The tile for ``architecture`` ("sm_86", "gfx942", "interpreter"); one that is not in the table takes sm_80's, the smallest."""
+    for family in (architecture, architecture[:-1], architecture[:4]):
+        if family in TILES:
+            return TILES[family][itemsize]
+    return TILES["sm_80"][itemsize]
+
+
+def concepts_for(concepts: int) -> tuple[int, int]:
+    """Two powers of two, at most 128 and 64, whose sum holds ``concepts``, or takes a share of them at a time.
+
+    >>> concepts_for(171), concepts_for(64), concepts_for(1024)
+    ((128, 64), (64, 16), (128, 64))
+    """
+    first = min(128, max(16, 1 << concepts.bit_length() - 1))
+    return first, min(64, max(16, triton.next_power_of_2(concepts - first)))
+
+
+@cache
+def architecture_of(device: torch.device) -> str:
+    """The name of a GPU's architecture, as ``tile_for`` takes it."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+# --- the op -------------------------------------------------------------------------------------------------------
+
+
+def apply_(
+    x: Tensor,
+    layer: Layer,
+    table: Table | None = None,
+    row: Tensor | None = None,
+    residual: Tensor | None = None,
+    scores: Tensor | None = None,
+    sqnorm: Tensor | None = None,
+) -> None:
+    """As :func:`emovec.ops.apply_`, always by the Triton kernel."""
+    o = layer.operands(x.device, x.dtype)
+    steering = (None,) * 6 if table is None else table.tensors()
+    launch(x, o.readers, o.directions, o.mean, o.inv_std, residual, row, *steering, scores, sqnorm)
+
+
+def launch(
+    x: Tensor,
+    readers: Tensor,
+    directions: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    residual: Tensor | None = None,
+    row: Tensor | None = None,
+    delta: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_threshold: Tensor | None = None,
+    rule_concept: Tensor | None = None,
+    rule_bounds: Tensor | None = None,
+    rule_solve: Tensor | None = None,
+    scores: Tensor | None = None,
+    sqnorm: Tensor | None = None,
+    form: int = 0,
+) -> None:
+    """``torch.ops.emovec.apply_`` with readers packed for a GPU (``[KP, d]``). Allocates nothing, does not synchronise.
+
+    The first call of each combination of d, K, M, dtype and given arguments compiles; make it before a graph is captured.
+
+    Raises:
+        ValueError, naming the argument and its value; nothing has been changed then.
+    """
+    _require(form == 0, f"the Triton kernel has no form {form}; its only form is 0")
+    _require(x.is_cuda or (INTERPRETED and x.device.type == "cpu"), f"x must be on a GPU, got {x.device}")
+    _require(x.dtype in DTYPES, f"x must be float32, bfloat16 or float16, got {x.dtype}")
+    _require(x.dim() == 2, f"x must be [N, d], got {list(x.shape)}")
+    _require(directions.dim() == 2, f"directions must be [K, d], got {list(directions.shape)}")
+    tokens, width = x.shape
+    concepts = directions.shape[0]
+    _require(1 <= concepts <= MAX_CONCEPTS, f"a layer holds 1 to {MAX_CONCEPTS} concepts, got {concepts}")
+    _check(x, "directions", directions, x.dtype, concepts, width)
+    _check(x, "readers", readers, x.dtype, concepts + -concepts % LANES, width)
+    _check(x, "mean", mean, torch.float32, concepts)
+    _check(x, "inv_std", inv_std, torch.float32, concepts)
+    _require(concepts * width < OFFSETS, f"d = {width} is too wide for {concepts} concepts")
+    tile = tile_for(architecture_of(x.device), x.itemsize)
+    x_stride = _pitch("x", x, tile)
+    _require(x_stride >= width, f"the rows of x overlap, their stride is {x_stride} for d = {width}")
+    residual_stride = scores_stride = 0
+    if residual is not None:
+        _check(x, "residual", residual, x.dtype, tokens, width, contiguous=False)
+        residual_stride = _pitch("residual", residual, tile)
+    if scores is not None:
+        _check(x, "scores", scores, torch.float32, tokens, concepts, contiguous=False)
+        scores_stride = _pitch("scores", scores, tile)
+    if sqnorm is not None:
+        _check(x, "sqnorm", sqnorm, torch.float32, tokens)
+    if row is not None:
+        _require(delta is not None, "`row` was given without a table")
+        _check(x, "row", row, torch.int32, tokens)
+    rows = rules = 0
+    if delta is not None:
+        rows, rules = _check_table(x, delta, gate, gate_threshold, rule_concept, rule_bounds, rule_solve)
+        _require(row is not None or rows > 0 or tokens == 0, "without `row` every token uses row 0, but the table has no rows")
+    if tokens == 0 or (delta is None and scores is None and sqnorm is None):
+        return
+
+    unit = gcd(x_stride, residual_stride, 16)
+    split = concepts_for(concepts)
+    on_device = nullcontext() if x.device.type == "cpu" else torch.cuda.device(x.device)
+    with on_device:
+        apply_kernel[(triton.cdiv(tokens, tile.tokens),)](
+            x, residual, readers, directions, mean, inv_std, row,
+            delta, gate, gate_threshold, rule_concept, rule_bounds, rule_solve, scores, sqnorm,
+            tokens, rows, x_stride // unit, residual_stride // unit, scores_stride,
+            WIDTH=width, CONCEPTS=concepts, RULES=rules, SLOTS=triton.next_power_of_2(max(rules, 1)), UNIT=unit,
+            PRECISION=precision_for(x.dtype), BM=tile.tokens, BD=tile.columns, K0=split[0], K1=split[1],
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def precision_for(dtype: torch.dtype, *, hip: bool = torch.version.hip is not None) -> str:
+    """How the kernel multiplies: fp32 as three TF32 products (fp32's precision on tensor cores), where a GPU lacks fp32 ones."""
+    return "tf32x3" if dtype == torch.float32 and not hip else "ieee"
+
+
+# --- checks -------------------------------------------------------------------------------------------------------
+
+
+def _check_table(
+    x: Tensor,
+    delta: Tensor,
+    gate: Tensor | None,
+    gate_threshold: Tensor | None,
+    rule_concept: Tensor | None,
+    rule_bounds: Tensor | None,
+    rule_solve: Tensor | None,
+) -> tuple[int, int]:
+    """R and M of a table that fits together. Indices are not read: the kernel takes one out of range as -1."""
+    if gate is None or gate_threshold is None or rule_concept is None or rule_bounds is None or rule_solve is None:
+        raise ValueError("emovec: the table's six tensors come together; some are missing")
+    shapes = f"{list(delta.shape)} and {list(rule_concept.shape)}"
+    _require(delta.dim() == 2 and rule_concept.dim() == 2, f"delta must be [R, d] and rule_concept [R, M], got {shapes}")
+    rows, rules = rule_concept.shape
+    _require(rules <= MAX_RULES, f"at most {MAX_RULES} rules a row, got {rules}")
+    _check(x, "delta", delta, torch.float32, rows, x.shape[1])
+    _check(x, "gate", gate, torch.int32, rows, 2)
+    _check(x, "gate_threshold", gate_threshold, torch.float32, rows)
+    _check(x, "rule_concept", rule_concept, torch.int32, rows, rules)
+    _check(x, "rule_bounds", rule_bounds, torch.float32, rows, 3, rules)
+    _check(x, "rule_solve", rule_solve, torch.float32, rows, rules, rules)
+    return rows, rules
+
+
+def _check(x: Tensor, name: str, tensor: Tensor, dtype: torch.dtype, *shape: int, contiguous: bool = True) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"emovec: {name} is on {tensor.device}, x is on {x.device}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"emovec: {name} must be {dtype}, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"emovec: {name} must be {list(shape)}, got {list(tensor.shape)}")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"emovec: {name} must be contiguous, its strides are {tensor.stride()}")
+
+
+def _pitch(name: str, tensor: Tensor, tile: Tile) -> int:
+    """Elements from one row of ``tensor`` to the next."""
+    tokens, width = tensor.shape
+    if width > 1 and tensor.stride(1) != 1:
+        raise ValueError(f"emovec: the last dimension of {name} must be contiguous, its stride is {tensor.stride(1)}")
+    pitch = tensor.stride(0) if tokens > 1 else width
+    if tile.tokens * pitch >= OFFSETS:
+        raise ValueError(f"emovec: the rows of {name} are {pitch} elements apart, more than {OFFSETS // tile.tokens}")
+    return pitch
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"emovec: {message}")
+
+
+# --- torch's dispatcher ---------------------------------------------------------------------------------------------
+
+_library: torch.library.Library | None = None
+
+
+def register() -> bool:
+    """Make this the kernel of ``emovec.apply_`` on GPUs, and say whether it is.
+
+    It is not where the native library has a kernel for them, which stays. Called by itself at the first such call.
+    """
+    global _library
+    if _library is None and not torch._C._dispatch_has_kernel_for_dispatch_key("emovec::apply_", "CUDA"):
+        _library = torch.library.Library("emovec", "IMPL")  # kept: its end would take the kernel away
+        _library.impl("apply_", launch, "CUDA")
+    return _library is not None
