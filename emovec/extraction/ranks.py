@@ -42,12 +42,12 @@ def share(items: Iterable[T]) -> Iterator[T]:
 
 
 def add(tensor: Tensor) -> Tensor:
-    """The sum of ``tensor`` over all ranks, on each of them and in place."""
-    if world() > 1:
-        here = tensor.cpu()
-        dist.all_reduce(here, group=_group)
-        tensor.copy_(here)
-    return tensor
+    """The sum of ``tensor`` over all ranks, on each of them."""
+    if world() == 1:
+        return tensor
+    total = tensor.cpu().clone()  # not in place: what was made in inference mode cannot be changed outside it
+    dist.all_reduce(total, group=_group)
+    return total.to(tensor.device)
 
 
 def gather(value: Any) -> list[Any]:

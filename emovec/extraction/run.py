@@ -172,7 +172,7 @@ class Extraction:
             "model": fingerprint(self.model),
             "dtype": str(next(self.model.parameters()).dtype),
             "layers": list(self.blocks.layers),
-            "recipe": self.recipe.to_dict(),
+            **{f"recipe.{name}": value for name, value in self.recipe.to_dict().items()},
             "batch_tokens": self.batch_tokens,
             "processes": ranks.world(),
             "rank": ranks.rank(),

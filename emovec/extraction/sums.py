@@ -38,7 +38,7 @@ class Sums:
     def over_ranks(self) -> None:
         """Put the sum over all ranks in place of each rank's own."""
         for key in sorted(self._shapes):
-            ranks.add(self.at(key))
+            self.tensors[key] = ranks.add(self.at(key))
 
     @property
     def bytes(self) -> int:
