@@ -15,7 +15,7 @@ from emovec.extraction import ranks
 from emovec.extraction.blocks import Blocks
 from emovec.extraction.corpus import Source, Turns, dialogues, prompts
 from emovec.extraction.progress import Progress
-from emovec.extraction.sums import Sums
+from emovec.extraction.sums import Sums, widened
 from emovec.extraction.tokens import GENERATED, PROMPT, UNUSED, Batch, Tokens, batches, dialogue_tokens, prompt_tokens
 
 RANDOM_DIRECTIONS = 128
@@ -83,7 +83,7 @@ class _ProjectionSums(Sums):
         for layer in layers:
             random = torch.randn(RANDOM_DIRECTIONS, layer.width, generator=generator)
             readers = layer.directions if layer.readers is None else layer.readers
-            self._onto[layer.index] = torch.cat([readers, random / random.norm(dim=1, keepdim=True)]).double()
+            self._onto[layer.index] = torch.cat([readers, random / random.norm(dim=1, keepdim=True)])
             columns = len(self._onto[layer.index])
             shapes |= {f"sum.{layer.index}": (len(KINDS), columns), f"square.{layer.index}": (len(KINDS), columns)}
         super().__init__(shapes)
@@ -99,10 +99,10 @@ class _ProjectionSums(Sums):
         assert self._batch is not None
         device = hidden.device
         kinds = self._batch.to(device).kinds
-        self._onto[layer] = self._onto[layer].to(device)
         used = kinds != UNUSED
-        rows, kinds = hidden[used].double(), kinds[used]
-        projections = rows @ self._onto[layer].T
+        rows, kinds = widened(hidden[used]), kinds[used]
+        self._onto[layer] = self._onto[layer].to(rows)
+        projections = (rows @ self._onto[layer].T).double()
         which = (kinds == torch.arange(len(KINDS), device=device)[:, None]).double()
         self.at(f"sum.{layer}", device).addmm_(which, projections)
         self.at(f"square.{layer}", device).addmm_(which, projections**2)

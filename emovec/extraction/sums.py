@@ -1,4 +1,8 @@
-"""Running sums over texts, in fp64 and where the layers are. Their size does not depend on the number of texts."""
+"""Running sums over texts, in fp64 and where the layers are. Their size does not depend on the number of texts.
+
+Within a batch products are taken in fp32 (fp64 if the model is in it), which rounds less than the model does; between batches
+in fp64, since many are added up.
+"""
 
 from __future__ import annotations
 
@@ -83,10 +87,15 @@ class StoryMoments(Sums):
             self.at(f"scatter.{layer}", hidden.device).addmm_(means.T, means)
 
 
+def widened(hidden: Tensor) -> Tensor:
+    """``hidden`` in fp32, or in fp64 if it is."""
+    return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+
+
 def story_means(hidden: Tensor, batch: Batch) -> Tensor:
     """The mean over each text's used tokens of ``hidden`` [B, T, d], as [B, d] in fp64."""
-    used = batch.kinds != UNUSED
-    return torch.where(used[:, :, None], hidden, 0).sum(1, dtype=torch.float64) / used.sum(1, keepdim=True)
+    used, rows = batch.kinds != UNUSED, widened(hidden)
+    return (used[:, None].to(rows) @ rows)[:, 0].double() / used.sum(1, keepdim=True)
 
 
 class NeutralMoments(Sums):
@@ -114,9 +123,10 @@ class NeutralMoments(Sums):
     def see(self, layer: int, hidden: Tensor) -> None:
         assert self._batch is not None
         batch = self._batch.to(hidden.device)
-        rows = (story_means(hidden, batch) if self._dialogues else hidden[batch.kinds != UNUSED].double()) - self._about[layer]
-        self.at(f"sum.{layer}", hidden.device).add_(rows.sum(0))
-        self.at(f"scatter.{layer}", hidden.device).addmm_(rows.T, rows)
+        rows = story_means(hidden, batch) if self._dialogues else widened(hidden[batch.kinds != UNUSED])
+        rows = rows - self._about[layer].to(rows)
+        self.at(f"sum.{layer}", hidden.device).add_(rows.sum(0, dtype=torch.float64))
+        self.at(f"scatter.{layer}", hidden.device).add_(rows.T @ rows)
 
     def covariance(self, layer: int) -> Tensor:
         """[d, d]."""
