@@ -214,7 +214,7 @@ def test_memory_does_not_grow_with_the_stories(monkeypatch: pytest.MonkeyPatch) 
         job.run()
         monkeypatch.setattr(StoryMoments, "take", take)
         assert seen == {0, moments.bytes}
-        sizes[times] = job.bytes
+        sizes[times] = job.plan.bytes
     assert sizes[1] == sizes[8]
 
 

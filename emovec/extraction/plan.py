@@ -27,6 +27,8 @@ class Plan:
         story_tokens: tokens of the stories that are used.
         tokens: tokens of all passes.
         digest: a hash of all stories' tokens and concepts.
+        layers: the layers extracted.
+        bytes: memory for the sums, on the devices where the layers are; it does not depend on the number of stories.
     """
 
     names: tuple[str, ...]
@@ -36,6 +38,8 @@ class Plan:
     story_tokens: int
     tokens: int
     digest: str
+    layers: tuple[int, ...] = ()
+    bytes: int = 0
 
 
 class Texts:

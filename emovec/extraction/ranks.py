@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -26,6 +27,14 @@ def join() -> None:
         dist.init_process_group("gloo")
     if _group is None and world() > 1 and dist.get_backend() != "gloo":
         _group = dist.new_group(backend="gloo")
+
+
+def device() -> torch.device | None:
+    """The GPU that is this process's share under ``torchrun``; None: whichever is the default."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if world() == 1 or not torch.cuda.is_available():
+        return None
+    return torch.device("cuda", local % torch.cuda.device_count())
 
 
 def rank() -> int:

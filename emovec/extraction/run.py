@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -89,15 +89,12 @@ class Extraction:
                 raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
         self._progress = progress and ranks.rank() == 0
         self._texts = Texts(tokenizer, self.recipe, stories, neutral, ordinary)
-        self.plan = self._texts.plan(names, self.blocks.max_tokens)
+        self.plan = replace(self._texts.plan(names, self.blocks.max_tokens), layers=self.blocks.layers)
+        sums = [self._moments(), *([self._neutral_moments({})] if self.recipe.denoise else [])]
+        self.plan = replace(self.plan, bytes=sum(each.bytes for each in sums))
         self._families = _families(self.plan.names, families)
         self._components: dict[int, int] = {}
         self.summary: Summary | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Memory for the sums, on the devices where the layers are; it does not depend on the number of stories."""
-        return self._moments().bytes + (self._neutral_moments({}).bytes if self.recipe.denoise else 0)
 
     def _moments(self) -> StoryMoments:
         scatter = self.recipe.readers == "whitened"
