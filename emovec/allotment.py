@@ -22,6 +22,8 @@ def parsed(
         SteeringError: naming the entry, or the profile that is not known.
     """
     if isinstance(steer, Sequence) and not isinstance(steer, str):
+        if not steer:
+            raise SteeringError("steer is an empty list; give a value for each sequence, or None")
         return [_parsed(value, names, profiles) for value in steer]
     return _parsed(steer, names, profiles)
 
@@ -60,8 +62,6 @@ class Allotment:
     def __init__(self, steer: Steering | Sequence[Steering], overlays: Sequence[Steering] = ()) -> None:
         self._shared = isinstance(steer, Steering)
         given = [steer] if isinstance(steer, Steering) else list(steer)
-        if not given:
-            raise SteeringError("steer is an empty list; give a value for each sequence, or None")
         variants: dict[Steering, int] = {}  # in order, without repeats
         self._variant = [
             [variants.setdefault(value, len(variants)) for value in (base, *(combined(base, over) for over in overlays))] for base in given

@@ -134,7 +134,7 @@ class Watching:
         """[batch][width][thresholds]: what is watched, before smoothing. One copy to the host."""
         values = []
         for index, one in enumerate(self._bound):
-            stream = scores[one.layer][: span.tokens].view(span.batch, span.width, -1)
+            stream = scores[one.layer][: span.tokens].view(span.batch, span.width, len(one.weights["prompt"]))
             parts = {"prompt": stream[:, : span.prompt], "generated": stream[:, span.prompt :]}
             values.append(torch.cat([part @ self._weight(index, kind, part.device) + one.offsets[kind] for kind, part in parts.items()], 1))
         on_host: list[list[list[float]]] = torch.stack([value.to(values[0].device) for value in values], -1).tolist()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from emovec.allotment import Allotment, Steer, parsed
 from emovec.bank import Bank, BankLayer
-from emovec.bank_layer import shown
+from emovec.bank_layer import KINDS, shown
 from emovec.models import decoder_layers, residual_width, unwrapped
 from emovec.monitor import Reading
 from emovec.ops import Row, Table
@@ -258,6 +258,8 @@ class Hook:
             self.layer = bank
         else:
             self.layer = bank[bank.read_layer if layer is None else layer]
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {shown(kind)}")
         self.kind, self.read = kind, read
         parsed_steer = parsed(steer, self.layer.names)
         values = [parsed_steer] if isinstance(parsed_steer, Steering) else parsed_steer
@@ -297,8 +299,8 @@ class Hook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         hidden = stream_of(output, module)
         if self._place != (hidden.device, hidden.dtype):
-            check_width(hidden, self.layer, module)
             self._lay_out(hidden.device, hidden.dtype)
+        check_width(hidden, self.layer, module)
         tokens = hidden.numel() // hidden.shape[-1]
         scores = torch.empty(tokens, len(self.layer.names), device=hidden.device) if self.read else None
         row = None
@@ -310,7 +312,7 @@ class Hook:
             row = self._row.repeat_interleave(hidden.shape[1])
         apply_to(hidden, self._operands, self._table, row, scores)
         if scores is not None:
-            self._scores = scores.view(*hidden.shape[:-1], -1)
+            self._scores = scores.view(*hidden.shape[:-1], scores.shape[-1])
 
     def _lay_out_now(self, device: torch.device, dtype: torch.dtype) -> None:
         with torch.inference_mode(False):

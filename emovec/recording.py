@@ -80,7 +80,7 @@ class Recording:
             if known.span.start < span.start
         ]
         ids, real = (None if tensor is None else tensor.clone() for tensor in (span.ids, span.real))
-        kept = {layer: scores[layer][: span.tokens].clone().view(span.batch, span.width, -1) for layer in self.layers}
+        kept = {layer: scores[layer][: span.tokens].clone().view(span.batch, span.width, len(self._bank.names)) for layer in self.layers}
         self._passes.append(_Pass(replace(span, ids=ids, real=real), kept))
 
     def __len__(self) -> int:
