@@ -215,6 +215,7 @@ void apply_cuda(Tensor x, Tensor readers, Tensor directions, Tensor mean, Tensor
   void* stream = nullptr;
   aoti_torch_get_current_cuda_stream(device, &stream);
   const int error = ev_cuda_apply(&a, static_cast<int32_t>(form), stream);
+  STD_TORCH_CHECK(error != EV_NO_KERNEL, "emovec: this GPU cannot run form ", form, " on this call");
   STD_TORCH_CHECK(error == 0, "emovec: the CUDA kernel was not launched: ", ev_cuda_error_string(error));
 }
 #endif

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one run of a few minutes: `bench/gpu.sh [SECTION...]`, by default all in this order:
+#   abi       the libemovec.so at $LIB (default: the one in emovec/), built elsewhere, loads here and is right
+#   build     build and install in place
+#   check     the tests that need a GPU
+#   sanitize  compute-sanitizer's memcheck and racecheck over a small script
+#   time      bench/gpu.py: ceilings, prefill, decode; writes gpu.json
+# Each section has a limit, and one that fails does not stop the next. Logs go to $OUT (default: build/gpu).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-build/gpu}
+PYTHON=${PYTHON:-python3}
+LIB=${LIB:-emovec/libemovec.so}
+mkdir -p "$OUT"
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD:$PWD/tests
+
+section() { # NAME SECONDS LINES COMMAND...
+  local name=$1 limit=$2 lines=$3 start=$SECONDS status
+  shift 3
+  echo "== $name"
+  timeout "$limit" "$@" >"$OUT/$name.log" 2>&1
+  status=$?
+  tail -n "$lines" "$OUT/$name.log"
+  echo "== $name: exit $status after $((SECONDS - start)) s"
+}
+
+abi() {
+  if [ ! -f "$LIB" ]; then
+    echo "no library at $LIB"
+    return 1
+  fi
+  [ "$LIB" -ef emovec/libemovec.so ] || cp "$LIB" emovec/libemovec.so
+  "$PYTHON" bench/gpu.py small
+}
+
+build() {
+  rm -rf build/cmake-* emovec/*.so
+  "$PYTHON" -m pip install -q --no-build-isolation --no-deps -e .
+  "$PYTHON" -c "from emovec import _host; print(_host.kernels())"
+}
+
+check() {
+  local files=(tests/test_cuda.py tests/test_cuda_binary.py tests/test_library.py) workers=()
+  [ -f tests/test_triton.py ] && files+=(tests/test_triton.py)
+  "$PYTHON" -c "import xdist" 2>/dev/null && workers=(-n 4)
+  OMP_NUM_THREADS=4 "$PYTHON" -m pytest -q -p no:cacheprovider -m "not engine" "${workers[@]}" --maxfail=40 --tb=short --durations=8 "${files[@]}"
+}
+
+sanitize() {
+  local tool status=0
+  for tool in memcheck racecheck; do
+    echo "-- $tool"
+    timeout 60 compute-sanitizer --tool $tool --error-exitcode 9 "$PYTHON" bench/gpu.py small || status=$?
+  done
+  return $status
+}
+
+export -f abi build check sanitize
+export OUT PYTHON LIB
+[ $# -gt 0 ] || set -- abi build check sanitize time
+command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
+for name in "$@"; do
+  case $name in
+    abi) section abi 60 8 bash -c abi ;;
+    build) section build 150 6 bash -c build ;;
+    check) section check 150 40 bash -c check ;;
+    sanitize) section sanitize 120 16 bash -c sanitize ;;
+    time) section time 150 70 "$PYTHON" bench/gpu.py time --out "$OUT/gpu.json" ;;
+    *) echo "no section $name" ;;
+  esac
+done

@@ -1,0 +1,50 @@
+// Choosing a form and the C ABI.
+#include <cuda_runtime.h>
+
+#include <atomic>
+
+#include "forms.h"
+
+namespace {
+
+enum : int { kDevices = 64 };
+
+// Asked once for each device; two threads that ask at once find the same.
+cudaError_t describe(ev::Device& device) {
+  static std::atomic<ev::Device*> known[kDevices];
+  int index = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  if (error != cudaSuccess) return error;
+  if (index < kDevices) {
+    if (const ev::Device* found = known[index].load()) {
+      device = *found;
+      return cudaSuccess;
+    }
+  }
+  int major = 0, minor = 0;
+  if ((error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index)) != cudaSuccess) return error;
+  if ((error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index)) != cudaSuccess) return error;
+  if ((error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index)) != cudaSuccess) return error;
+  if ((error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index)) != cudaSuccess) return error;
+  device.capability = major * 10 + minor;
+  if (index < kDevices) {
+    ev::Device* expected = nullptr;
+    ev::Device* made = new ev::Device(device);
+    if (!known[index].compare_exchange_strong(expected, made)) delete made;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+extern "C" int ev_cuda_apply(const ev_args* args, int32_t kernel, void* stream) {
+  if (kernel != EV_AUTO && kernel != EV_CUDA_PORTABLE) return EV_NO_KERNEL;
+  const bool writes = args->table.delta || args->scores || args->sqnorm;
+  if (args->n == 0 || !writes) return cudaSuccess;
+  ev::Device device{};
+  const cudaError_t error = describe(device);
+  if (error != cudaSuccess) return error;
+  return ev::apply_portable(*args, device, static_cast<cudaStream_t>(stream));
+}
+
+extern "C" const char* ev_cuda_error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -1,0 +1,306 @@
+// The op for sm_80 and later, every dtype and shape.
+//
+// A block of eight warps owns a tile of tokens, so nobody else reads or writes them. Loop: stages of 128 bytes of columns,
+// of the tile's tokens and of the readers, flow through a ring in shared memory (cp.async); tensor cores multiply them
+// (mma.sync); and every thread takes the squares of a few elements and, for tokens that only add, writes x + delta back
+// on the way. Then, for tokens with a gate or rules, the projections are complete: choose the row, solve the rules, read
+// x once more (mostly from L2) and write it.
+//
+// A projection is summed in the same order whatever the tile: over the columns in fp32, of partial sums over the 128
+// bytes of a stage. The partial sums are short because tensor cores truncate what they add.
+#include <cuda_runtime.h>
+
+#include "launch.cuh"
+#include "forms.h"
+#include "steering.cuh"
+
+namespace ev {
+namespace {
+
+enum : int { kWarps = 8, kThreads = kWarps * 32, kStageBytes = 128, kConceptTiles = 22, kMaxStages = 4 };
+
+// MW warps along the tokens with MT tiles of 16 each, the others along the concepts. One pass takes 176 concepts or a few
+// more, so that 171 need one.
+template <class T, int MW, int MT>
+struct Tile {
+  enum : int {
+    kTokens = MW * MT * 16,
+    kConceptWarps = kWarps / MW,
+    kConceptTilesPerWarp = (kConceptTiles + kConceptWarps - 1) / kConceptWarps,
+    kConcepts = kConceptWarps * kConceptTilesPerWarp * 8,
+    kColumns = kStageBytes / static_cast<int>(sizeof(T)),
+    kVectors = kTokens * kStageBytes / 16,  // 16-byte vectors of x in a stage
+    kVectorsPerThread = (kVectors + kThreads - 1) / kThreads,
+  };
+};
+
+// Where things lie in dynamic shared memory. The projections take the ring's place when one pass makes them all.
+struct Layout {
+  int stages, stage_bytes;
+  int projections, coefficients;  // byte offsets
+  int pitch;                      // of the projections, in floats
+  int bytes;
+};
+
+template <class T>
+struct Rows {
+  const T* first;
+  int64_t stride;
+  bool aligned;
+  __device__ __forceinline__ Rows(const void* p, int64_t stride) : first(static_cast<const T*>(p)), stride(stride), aligned(is_aligned(p, stride * sizeof(T))) {}
+};
+
+// Byte offset of 16-byte vector `vector` of row `row` of a stage; permuted so that ldmatrix meets no bank conflict.
+__device__ __forceinline__ int place(int row, int vector) { return row * kStageBytes + ((vector ^ (row & 7)) << 4); }
+
+// Begin to bring `rows` (at most ROWS) rows' columns from `column` on; columns from d on become zero.
+template <int ROWS, class T>
+__device__ __forceinline__ void fetch(char* to, const Rows<T>& from, int64_t first, int rows, int64_t column, int64_t d) {
+#pragma unroll
+  for (int i = 0; i < (ROWS * 8 + kThreads - 1) / kThreads; ++i) {
+    const int index = threadIdx.x + i * kThreads, row = index / 8, vector = index % 8;
+    if (row >= rows) break;
+    const int64_t at = column + vector * Vector<T>::kSize;
+    const T* source = from.first + (first + row) * from.stride + (at < d ? at : 0);
+    char* target = to + place(row, vector);
+    if (from.aligned) {
+      copy_async(target, source, at < d);
+    } else {
+      Vector<T> v{};
+      if (at < d) v = Vector<T>::load(source, false);
+      *reinterpret_cast<Vector<T>*>(target) = v;
+    }
+  }
+}
+
+// acc += rows of `tokens` times rows of `readers` over one stage, for this warp's part of the tile.
+template <class T, int MW, int MT>
+__device__ __forceinline__ void multiply_stage(float (&acc)[MT][Tile<T, MW, MT>::kConceptTilesPerWarp][4], const char* tokens, const char* readers) {
+  using S = Tile<T, MW, MT>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int token = warp % MW * MT * 16, concept = warp / MW * S::kConceptTilesPerWarp * 8;
+  Operand<T> a[MT][4];
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int step = 0; step < 4; ++step) a[m][step].load(tokens + place(token + m * 16 + lane % 16, step * 2 + lane / 16));
+#pragma unroll
+  for (int n = 0; n < S::kConceptTilesPerWarp; ++n) {
+    uint32_t b[2][4];
+    load_matrices(b[0], readers + place(concept + n * 8 + lane % 8, lane / 8));
+    load_matrices(b[1], readers + place(concept + n * 8 + lane % 8, 4 + lane / 8));
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      float part[4] = {};
+#pragma unroll
+      for (int step = 0; step < 4; ++step) multiply(part, a[m][step], b[step / 2][step % 2 * 2], b[step / 2][step % 2 * 2 + 1]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[m][n][i] += part[i];
+    }
+  }
+}
+
+// Squares of one stage's elements, and the add for the tokens that only add.
+template <class T, int MW, int MT>
+__device__ __forceinline__ void stream_stage(const ev_args& a, int64_t first, const int32_t* add, const char* tokens, const char* residual, int64_t column,
+                                             float (&square)[Tile<T, MW, MT>::kVectorsPerThread], bool adds) {
+  using S = Tile<T, MW, MT>;
+  using V = Vector<T>;
+#pragma unroll
+  for (int i = 0; i < S::kVectorsPerThread; ++i) {
+    const int index = threadIdx.x + i * kThreads, row = index / 8;
+    if (index >= S::kVectors) break;
+    V x = *reinterpret_cast<const V*>(tokens + place(row, index % 8));
+    V other{};
+    if (residual) other = *reinterpret_cast<const V*>(residual + place(row, index % 8));
+#pragma unroll
+    for (int e = 0; e < V::kSize; ++e) {
+      const float h = to_float(x.value[e]) + to_float(other.value[e]);
+      square[i] += h * h;
+    }
+    const int64_t at = column + index % 8 * V::kSize, j = adds ? add[row] : -1;
+    if (j < 0 || at >= a.d) continue;
+    const float* delta = a.table.delta + j * a.d + at;
+#pragma unroll
+    for (int e = 0; e < V::kSize; e += 4) {
+      const Vector<float> four = Vector<float>::load(delta + e, is_aligned(a.table.delta));
+#pragma unroll
+      for (int s = 0; s < 4; ++s) x.value[e + s] = rounded<T>(to_float(x.value[e + s]) + four.value[s]);
+    }
+    x.store(static_cast<T*>(a.x) + (first + row) * a.x_stride + at, is_aligned(a.x, a.x_stride * sizeof(T)));
+  }
+}
+
+// One pass over the tile's columns: projections on `concepts` concepts from `concept` on (0: none), squares, adds.
+template <class T, int MW, int MT>
+__device__ __forceinline__ void pass(const ev_args& a, const Layout& layout, char* ring, int64_t first, int count, int64_t concept, int concepts,
+                                     const int32_t* add, float (&acc)[MT][Tile<T, MW, MT>::kConceptTilesPerWarp][4],
+                                     float (&square)[Tile<T, MW, MT>::kVectorsPerThread], bool streams, bool adds) {
+  using S = Tile<T, MW, MT>;
+  const Rows<T> x(a.x, a.x_stride), residual(a.residual, a.residual_stride), readers(a.readers, a.d);
+  const int steps = static_cast<int>((a.d + S::kColumns - 1) / S::kColumns);
+  const int readers_at = S::kTokens * kStageBytes, residual_at = readers_at + S::kConcepts * kStageBytes;
+
+  const auto bring = [&](int step) {
+    if (step < steps) {
+      char* stage = ring + step % layout.stages * layout.stage_bytes;
+      fetch<S::kTokens>(stage, x, first, count, static_cast<int64_t>(step) * S::kColumns, a.d);
+      if (a.residual) fetch<S::kTokens>(stage + residual_at, residual, first, count, static_cast<int64_t>(step) * S::kColumns, a.d);
+      fetch<S::kConcepts>(stage + readers_at, readers, concept, concepts, static_cast<int64_t>(step) * S::kColumns, a.d);
+    }
+    commit_group();  // empty ones too, so that the count of groups tells which have landed
+  };
+
+#pragma unroll 1
+  for (int step = 1 - layout.stages; step < steps; ++step) {  // the first rounds only fill the ring
+    if (step >= 0) {
+      wait_groups(layout.stages - 2);
+      __syncthreads();
+    }
+    bring(step + layout.stages - 1);
+    if (step < 0) continue;
+    const char* stage = ring + step % layout.stages * layout.stage_bytes;
+#pragma unroll 1
+    for (const char* source = stage; concepts > 0 && source; source = a.residual && source == stage ? stage + residual_at : nullptr)
+      multiply_stage<T, MW, MT>(acc, source, stage + readers_at);
+    if (streams) stream_stage<T, MW, MT>(a, first, add, stage, a.residual ? stage + residual_at : nullptr, static_cast<int64_t>(step) * S::kColumns, square, adds);
+  }
+  __syncthreads();
+}
+
+// Write this thread's projections as scores, and keep them in `kept` if it is not null.
+template <class T, int MW, int MT>
+__device__ __forceinline__ void write_scores(const ev_args& a, int64_t first, int count, int64_t concept, float* kept, int pitch,
+                                             const float (&acc)[MT][Tile<T, MW, MT>::kConceptTilesPerWarp][4]) {
+  using S = Tile<T, MW, MT>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int token = warp % MW * MT * 16 + lane / 4;
+#pragma unroll
+  for (int n = 0; n < S::kConceptTilesPerWarp; ++n) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const int64_t k = concept + (warp / MW * S::kConceptTilesPerWarp + n) * 8 + lane % 4 * 2 + side;
+      if (k >= a.k) continue;
+      const float mean = a.mean[k], inv_std = a.inv_std[k];
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int t = token + m * 16 + half * 8;
+          const float p = acc[m][n][half * 2 + side];
+          if (a.scores && t < count) a.scores[(first + t) * a.scores_stride + k] = ev_score(p, mean, inv_std);
+          if (kept) kept[t * pitch + k] = p;
+        }
+      }
+    }
+  }
+}
+
+template <class T, int MW, int MT>
+__global__ void __launch_bounds__(kThreads, 1) portable(const __grid_constant__ ev_args a, const __grid_constant__ Layout layout) {
+  using S = Tile<T, MW, MT>;
+  EV_DYNAMIC_SHARED(shared);
+  __shared__ Tokens<S::kTokens> tokens;
+  float* projections = reinterpret_cast<float*>(shared + layout.projections);
+  float* coefficients = reinterpret_cast<float*>(shared + layout.coefficients);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * S::kTokens;
+  const int count = static_cast<int>(a.n - first < S::kTokens ? a.n - first : S::kTokens);
+
+  const bool waits = sort_tokens(a, first, count, tokens);
+  const bool projects = a.scores || waits;
+  if (projects || a.sqnorm) {
+    float square[S::kVectorsPerThread] = {};
+    for (int64_t concept = 0; concept == 0 || (projects && concept < a.k); concept += S::kConcepts) {
+      const int64_t left = projects ? a.k_padded - concept : 0;
+      const int concepts = static_cast<int>(left < S::kConcepts ? left : S::kConcepts);
+      const bool last = !projects || concept + S::kConcepts >= a.k;
+      const bool squares = a.sqnorm && last, adds = a.table.delta && last;
+      float acc[MT][S::kConceptTilesPerWarp][4] = {};
+      pass<T, MW, MT>(a, layout, shared, first, count, concept, concepts, tokens.add, acc, square, squares || adds, adds);
+      if (projects) write_scores<T, MW, MT>(a, first, count, concept, waits ? projections : nullptr, layout.pitch, acc);
+    }
+#pragma unroll
+    for (int i = 0; i < S::kVectorsPerThread; ++i) {
+      float sum = square[i];
+      for (int distance = 1; distance < 8; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+      const int t = threadIdx.x / 8 + i * (kThreads / 8);
+      if (a.sqnorm && threadIdx.x % 8 == 0 && t < count) a.sqnorm[first + t] = sum;
+    }
+    if (!waits) return;
+    __syncthreads();
+    decide(a, first, tokens, projections, layout.pitch, coefficients);
+    __syncthreads();
+    steer_tokens<T, S::kTokens>(a, first, tokens.row, coefficients);
+  } else if (a.table.delta) {
+    __syncthreads();
+    steer_tokens<T, S::kTokens>(a, first, tokens.add, nullptr);
+  }
+}
+
+template <class T, int MW, int MT>
+Layout layout_for(const ev_args& a, int limit) {
+  using S = Tile<T, MW, MT>;
+  Layout layout{};
+  layout.stage_bytes = (S::kTokens * (a.residual ? 2 : 1) + S::kConcepts) * kStageBytes;
+  layout.pitch = static_cast<int>(a.k_padded) + 4;
+  const bool steers = a.table.delta, one_pass = a.k <= S::kConcepts;
+  for (layout.stages = kMaxStages; layout.stages >= 2; --layout.stages) {
+    const int ring = layout.stages * layout.stage_bytes;
+    layout.projections = one_pass ? 0 : ring;
+    layout.coefficients = layout.projections + S::kTokens * layout.pitch * 4;
+    const int after = steers ? layout.coefficients + S::kTokens * EV_MAX_RULES * 4 : 0;
+    layout.bytes = ring > after ? ring : after;
+    if (layout.bytes + static_cast<int>(sizeof(Tokens<S::kTokens>)) <= limit) return layout;
+  }
+  return Layout{};
+}
+
+// A tile's time is about that of bringing its rows and the readers' into its multiprocessor, a wave's that of a tile.
+struct Choice {
+  cudaError_t (*launch)(const ev_args&, const Layout&, cudaStream_t) = nullptr;
+  Layout layout{};
+  int64_t cost = 0;
+};
+
+template <class T, int MW, int MT>
+cudaError_t launch_tile(const ev_args& a, const Layout& layout, cudaStream_t stream) {
+  const int64_t tiles = (a.n + Tile<T, MW, MT>::kTokens - 1) / Tile<T, MW, MT>::kTokens;
+  return launch(portable<T, MW, MT>, dim3(static_cast<unsigned>(tiles)), kThreads, layout.bytes, stream, a, layout);
+}
+
+template <class T, int MW, int MT>
+void consider(Choice& best, const ev_args& a, const Device& device) {
+  using S = Tile<T, MW, MT>;
+  const Layout layout = layout_for<T, MW, MT>(a, device.shared_bytes);
+  if (layout.stages == 0) return;
+  const int64_t tiles = (a.n + S::kTokens - 1) / S::kTokens;
+  const int64_t waves = (tiles + device.multiprocessors - 1) / device.multiprocessors;
+  const int64_t cost = waves * (S::kTokens + S::kConcepts);
+  if (!best.launch || cost < best.cost) best = {launch_tile<T, MW, MT>, layout, cost};
+}
+
+template <class T>
+cudaError_t apply(const ev_args& a, const Device& device, cudaStream_t stream) {
+  Choice best;
+  consider<T, 1, 1>(best, a, device);
+  if constexpr (sizeof(T) == 2) {
+    consider<T, 4, 1>(best, a, device);
+    consider<T, 4, 2>(best, a, device);
+  } else {
+    consider<T, 2, 1>(best, a, device);  // its operands take twice the registers
+  }
+  return best.launch ? best.launch(a, best.layout, stream) : cudaErrorInvalidConfiguration;
+}
+
+}  // namespace
+
+cudaError_t apply_portable(const ev_args& a, const Device& device, cudaStream_t stream) {
+  switch (a.dtype) {
+    case EV_F32: return apply<float>(a, device, stream);
+    case EV_BF16: return apply<__nv_bfloat16>(a, device, stream);
+    case EV_F16: return apply<__half>(a, device, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace ev
