@@ -8,9 +8,9 @@ from functools import cache
 from math import gcd
 
 import torch
-import triton
 from torch import Tensor
 
+import triton
 from emovec.ops import DTYPES, LANES, MAX_CONCEPTS, MAX_RULES, Layer, Table
 
 from .kernel import apply_kernel

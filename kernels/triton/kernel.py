@@ -39,9 +39,23 @@ def pick(acc0, acc1, concept, first, K0: tl.constexpr, K1: tl.constexpr):
 
 
 @triton.jit
-def slots_used(concept_ptr, row, chosen, slot, RULES: tl.constexpr):
-    """[BM]: one more than the last slot with a rule, 0 for a row without rules. Rows not ``chosen`` have none."""
-    concept = tl.load(concept_ptr + row[:, None] * RULES + slot[None, :], mask=chosen[:, None] & (slot < RULES)[None, :], other=-1)
+def look_up(row_ptr, gate_ptr, token, tokens, rows, CONCEPTS: tl.constexpr):
+    """A token's row, its gate's concept, and its row while the gate is closed; [BM] each, -1 where there is none."""
+    valid = token < tokens
+    row = tl.zeros_like(token)
+    if row_ptr is not None:
+        row = tl.load(row_ptr + token, mask=valid, other=-1).to(tl.int64)
+    row = tl.where(valid & (row >= 0) & (row < rows), row, -1)
+    gate = tl.load(gate_ptr + 2 * row, mask=row >= 0, other=-1)
+    gate = tl.where(gate < CONCEPTS, gate, -1)
+    otherwise = tl.load(gate_ptr + 2 * row + 1, mask=gate >= 0, other=-1).to(tl.int64)
+    return row, gate, tl.where((otherwise >= 0) & (otherwise < rows), otherwise, -1)
+
+
+@triton.jit
+def slots_used(concept_ptr, row, slot, RULES: tl.constexpr):
+    """[BM]: one more than the last slot with a rule, 0 for a row without rules and for no row."""
+    concept = tl.load(concept_ptr + row[:, None] * RULES + slot[None, :], mask=(row >= 0)[:, None] & (slot < RULES)[None, :], other=-1)
     return tl.max(tl.where(concept >= 0, slot[None, :] + 1, 0), 1)
 
 
@@ -91,22 +105,18 @@ def apply_kernel(
 
     last = CONCEPTS
     if STEER:
-        row = tl.zeros((BM,), tl.int64)
-        if row_ptr is not None:
-            row = tl.load(row_ptr + token, mask=valid, other=-1).to(tl.int64)
-        active = valid & (row >= 0) & (row < rows)
-        gate = tl.load(gate_ptr + 2 * row, mask=active, other=-1)
-        gated = (gate >= 0) & (gate < CONCEPTS)
-        otherwise = tl.load(gate_ptr + 2 * row + 1, mask=gated, other=-1).to(tl.int64)
-        otherwise = tl.where(otherwise < rows, otherwise, -1)
-        deferred = gated
+        row, gate, otherwise = look_up(row_ptr, gate_ptr, token, tokens, rows, CONCEPTS)
+        waits = gate >= 0  # for projections
         most = 0
         if RULES > 0:
-            own = slots_used(concept_ptr, row, active, slot, RULES)
-            deferred |= own > 0
-            most = tl.max(tl.maximum(own, slots_used(concept_ptr, otherwise, otherwise >= 0, slot, RULES)), 0)
-        if not READ:  # no projections are wanted for their own sake
-            last = tl.max(tl.where(deferred, CONCEPTS, 0), 0)
+            used = slots_used(concept_ptr, row, slot, RULES)
+            waits |= used > 0
+            most = tl.max(tl.maximum(used, slots_used(concept_ptr, otherwise, slot, RULES)), 0)
+        streamed = (row >= 0) & (waits == 0)
+        if not READ:  # no projections are wanted for their own sake: loop 1 is left out unless a token waits for some
+            last = tl.max(tl.where(waits, CONCEPTS, 0), 0)
+            streamed = row < -1
+        until = tl.max(tl.where((row >= 0) & (streamed == 0), WIDTH, 0), 0)
         p_gate = tl.zeros((BM,), tl.float32)
         p_open = tl.zeros((BM, SLOTS), tl.float32)
         p_closed = tl.zeros((BM, SLOTS), tl.float32)
@@ -117,8 +127,6 @@ def apply_kernel(
         square = tl.zeros((BM,), tl.float32)
         concept0 = first + tl.arange(0, K0)
         concept1 = first + K0 + tl.arange(0, K1)
-        if STEER:
-            streamed = active & (deferred == 0) & (first + K0 + K1 >= CONCEPTS)
         for start in range(0, WIDTH, BD):
             at = start + column
             inside = valid[:, None]
@@ -131,6 +139,10 @@ def apply_kernel(
             x = tl.load(x_tile + (x_off + at[None, :]), mask=inside, other=0.0)
             v0 = tl.load(readers_ptr + concept0[:, None] * WIDTH + at[None, :], mask=known0, other=0.0)
             v1 = tl.load(readers_ptr + concept1[:, None] * WIDTH + at[None, :], mask=known1, other=0.0)
+            if STEER and READ:
+                write = inside & streamed[:, None] & (first + K0 + K1 >= CONCEPTS)
+                delta = tl.load(delta_ptr + row[:, None] * WIDTH + at[None, :], mask=write, other=0.0)
+                tl.store(x_tile + (x_off + at[None, :]), (x.to(tl.float32) + delta).to(x.dtype), mask=write)
             h = x.to(tl.float32)
             if residual_ptr is not None:
                 residual_row = residual_ptr + base * (residual_stride * UNIT) + local[:, None] * (residual_stride * UNIT)
@@ -140,13 +152,10 @@ def apply_kernel(
                     acc0 = tl.dot(residual, v0.T, acc0)
                     acc1 = tl.dot(residual, v1.T, acc1)
             factor = h if WIDE else x
+            if sqnorm_ptr is not None:
+                square += tl.sum(h * h, 1)
             acc0 = tl.dot(factor, v0.T, acc0, input_precision=PRECISION)
             acc1 = tl.dot(factor, v1.T, acc1, input_precision=PRECISION)
-            square += tl.sum(h * h, 1)
-            if STEER:
-                write = inside & streamed[:, None]
-                delta = tl.load(delta_ptr + row[:, None] * WIDTH + at[None, :], mask=write, other=0.0)
-                tl.store(x_tile + (x_off + at[None, :]), (x.to(tl.float32) + delta).to(x.dtype), mask=write)
         if scores_ptr is not None:
             scores_row = scores_ptr + base * scores_stride + local[:, None] * scores_stride
             write_scores(scores_row, acc0, mean_ptr, inv_std_ptr, valid, first, CONCEPTS, K0)
@@ -154,26 +163,26 @@ def apply_kernel(
         if sqnorm_ptr is not None:
             tl.store(sqnorm_ptr + token, square, mask=valid & (first == 0))
         if STEER:
+            row, gate, otherwise = look_up(row_ptr, gate_ptr, token, tokens, rows, CONCEPTS)  # again: cheaper than to keep them
             p_gate += pick(acc0, acc1, gate, first, K0, K1)
             if RULES > 0:
                 for m in range(0, most):
-                    while_open = tl.load(concept_ptr + row * RULES + m, mask=active, other=-1)
+                    while_open = tl.load(concept_ptr + row * RULES + m, mask=row >= 0, other=-1)
                     while_closed = tl.load(concept_ptr + otherwise * RULES + m, mask=otherwise >= 0, other=-1)
                     p_open += tl.where(slot[None, :] == m, pick(acc0, acc1, while_open, first, K0, K1)[:, None], 0.0)
                     p_closed += tl.where(slot[None, :] == m, pick(acc0, acc1, while_closed, first, K0, K1)[:, None], 0.0)
 
     if STEER:
-        mean = tl.load(mean_ptr + gate, mask=gated, other=0.0)
-        inv_std = tl.load(inv_std_ptr + gate, mask=gated, other=0.0)
-        threshold = tl.load(threshold_ptr + row, mask=gated, other=0.0)
-        closed = gated & (((p_gate - mean) * inv_std > threshold) == 0)  # so that a NaN leaves the gate closed
+        mean = tl.load(mean_ptr + gate, mask=gate >= 0, other=0.0)
+        inv_std = tl.load(inv_std_ptr + gate, mask=gate >= 0, other=0.0)
+        threshold = tl.load(threshold_ptr + row, mask=gate >= 0, other=0.0)
+        closed = (gate >= 0) & (((p_gate - mean) * inv_std > threshold) == 0)  # so that a NaN leaves the gate closed
         row = tl.where(closed, otherwise, row)
-        pending = active & (row >= 0) & (deferred | (last == 0))
+        pending = (row >= 0) & (streamed == 0)
         if RULES > 0:
             projection = tl.where(closed[:, None], p_closed, p_open)
             coefficients = solve_rules(projection, row, pending, concept_ptr, bounds_ptr, solve_ptr, slot, most, CONCEPTS, RULES)
-            most = tl.max(tl.max(tl.where(coefficients != 0.0, slot[None, :] + 1, 0), 1), 0)
-        for start in range(0, tl.max(tl.where(pending, WIDTH, 0), 0), BD):
+        for start in range(0, until, BD):
             at = start + column
             write = pending[:, None]
             if WIDTH % BD != 0:
@@ -185,6 +194,6 @@ def apply_kernel(
                     c = tl.sum(tl.where(slot[None, :] == m, coefficients, 0.0), 1)
                     concept = tl.load(concept_ptr + row * RULES + m, mask=pending, other=-1)
                     moved = write & (c != 0.0)[:, None]
-                    v = tl.load(directions_ptr + concept[:, None] * WIDTH + at[None, :], mask=moved, other=0.0)
+                    v = tl.load(directions_ptr + (concept[:, None] * WIDTH + at[None, :]), mask=moved, other=0.0)
                     value = tl.where(moved, value + c[:, None] * v.to(tl.float32), value)
             tl.store(x_tile + (x_off + at[None, :]), value.to(x.dtype), mask=write)
