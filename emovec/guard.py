@@ -21,6 +21,7 @@ from emovec.tracking import Span
 
 __all__ = [
     "Action",
+    "Course",
     "Guard",
     "GuardEvent",
     "GuardStop",
