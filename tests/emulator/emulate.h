@@ -1,6 +1,7 @@
 // A GPU block on a CPU, so that the CUDA kernels' logic is tested where there is no GPU: every thread is a fiber, a warp's
 // collective operation happens when its last lane arrives, and asynchronous copies land as late as the program allows.
-// Threads run in another order in every block, so that a missing barrier shows. One block at a time.
+// Warps run in another order in every block, so that a missing barrier often shows; compute-sanitizer looks for the rest. One
+// block at a time.
 #pragma once
 #include <cuda_runtime_api.h>
 #include <ucontext.h>
