@@ -100,7 +100,7 @@ def bank(
     format: str = "raw",
     denoise: str | None = "tokens",
     variance: float = 0.5,
-    shrinkage: float = 0.1,
+    shrinkage: float = 0.5,
 ) -> list[dict[str, Any]]:
     """For each layer but the last what a bank of ``corpus`` must hold, by numpy in fp64."""
     names = list(dict.fromkeys(story["emotion"] for story in corpus.stories))
@@ -133,18 +133,20 @@ def bank(
         of = [np.stack([mean[layer] for mean in means[name]]) for name in names]
         grand = np.stack([rows.mean(0) for rows in of]).mean(0)
         rows = np.stack([rows.mean(0) - grand for rows in of])
+        kept = np.eye(rows.shape[1])  # a basis of the space that denoising leaves
         if denoise:
             values, vectors = np.linalg.eigh(np.cov(neutral[layer].T))
             values, vectors = values[::-1], vectors[:, ::-1]
             count = int(np.argmax(np.cumsum(values) / values.sum() >= variance)) + 1
             for component in vectors[:, :count].T:
                 rows = rows - np.outer(rows @ component, component)
+            kept = vectors[:, count:]
         norm = np.linalg.norm(rows, axis=1)
         directions = rows / norm[:, None]
         inside = np.concatenate([rows - rows.mean(0) for rows in of])
-        covariance = inside.T @ inside / (len(inside) - len(names))
+        covariance = kept.T @ (inside.T @ inside / (len(inside) - len(names))) @ kept
         shrunk = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
-        readers = directions @ np.linalg.inv(shrunk)
+        readers = directions @ kept @ np.linalg.inv(shrunk) @ kept.T
         readers /= (readers * directions).sum(1, keepdims=True)
         read = {kind: rows[layer] @ readers.T for kind, rows in kinds.items()}
         words = np.concatenate([kinds["prompt"][layer], kinds["generated"][layer]])

@@ -56,14 +56,23 @@ def test_what_is_projected_out_is_gone() -> None:
 
 def test_whitened_readers() -> None:
     _, sums, count, scatter = stories()
-    directions = unit(contrast(sums, count)[0])[0]
+    directions, none = unit(contrast(sums, count)[0])[0], torch.empty(0, 12, dtype=torch.float64)
     covariance = within(scatter, sums, count)
-    readers = whiten(directions, covariance, 0.1)
+    readers = whiten(directions, covariance, 0.1, none)
     assert torch.allclose((readers * directions).sum(1), torch.ones(3, dtype=torch.float64))
     shrunk = 0.9 * covariance + 0.1 * covariance.diagonal().mean() * torch.eye(12, dtype=torch.float64)
     expected = directions @ torch.linalg.inv(shrunk)
     assert torch.allclose(readers / readers.norm(dim=1, keepdim=True), expected / expected.norm(dim=1, keepdim=True))
-    assert torch.allclose(whiten(directions, covariance, 1.0), directions), "shrunk all the way they are the directions"
+    assert torch.allclose(whiten(directions, covariance, 1.0, none), directions), "shrunk all the way they are the directions"
+
+
+def test_whitened_readers_do_not_read_what_was_projected_out() -> None:
+    _, sums, count, scatter = stories()
+    removed = torch.linalg.qr(torch.randn(12, 4, dtype=torch.float64))[0].T
+    directions = unit(project_out(contrast(sums, count)[0], removed))[0]
+    readers = whiten(directions, within(scatter, sums, count), 0.2, removed)
+    assert float((readers @ removed.T).abs().max()) < 1e-10
+    assert torch.allclose((readers * directions).sum(1), torch.ones(3, dtype=torch.float64))
 
 
 def test_whitening_reads_with_less_spread() -> None:
@@ -71,7 +80,7 @@ def test_whitening_reads_with_less_spread() -> None:
     _, sums, count, scatter = stories(counts=(40, 40, 40))
     covariance = within(scatter, sums, count)
     directions = unit(contrast(sums, count)[0])[0]
-    readers = whiten(directions, covariance, 1e-6)
+    readers = whiten(directions, covariance, 1e-6, torch.empty(0, 12, dtype=torch.float64))
     spread, plain = ((which @ covariance * which).sum(1) for which in (readers, directions))
     assert bool((spread < plain).all())
 

@@ -26,7 +26,8 @@ class Recipe:
         denoise: principal components of neutral dialogues are projected out of the directions: of their "tokens", of their
             "dialogues" (each dialogue's mean), or None.
         variance: share of the neutral variance that the components reach.
-        readers: "whitened" (directions times the inverse covariance of stories of one emotion) or None (the directions).
+        readers: "whitened" (directions times the inverse covariance of stories of one emotion, in the space that denoising
+            leaves) or None (the directions).
         shrinkage: of that covariance toward a multiple of the identity, between 0 and 1.
     """
 
@@ -35,7 +36,7 @@ class Recipe:
     denoise: str | None = "tokens"
     variance: float = 0.5
     readers: str | None = "whitened"
-    shrinkage: float = 0.1
+    shrinkage: float = 0.5
 
     def __post_init__(self) -> None:
         for name, known in (("format", FORMATS), ("denoise", DENOISE), ("readers", READERS)):
@@ -86,19 +87,19 @@ def derive(recipe: Recipe, sums: Tensor, count: Tensor, scatter: Tensor | None =
     rows, grand = contrast(sums, count)
     if not bool(rows.isfinite().all()):
         raise BankError("activations are not finite; try bfloat16 or float32")
-    before, components = rows.norm(dim=1), 0
+    removed = rows[:0]
     if recipe.denoise:
         assert neutral is not None
         removed = leading(neutral, recipe.variance)
-        rows, components = project_out(rows, removed), len(removed)
-    directions, norm = unit(rows)
-    if not bool((norm > _LEFT * before).all()):
-        raise BankError(f"nothing is left of a direction after {components} of {len(grand)} neutral components are projected out")
+    left = project_out(rows, removed)
+    directions, norm = unit(left)
+    if not bool((norm > _LEFT * rows.norm(dim=1)).all()):
+        raise BankError(f"nothing is left of a direction after {len(removed)} of {len(grand)} neutral components are projected out")
     readers = None
     if recipe.readers == "whitened":
         assert scatter is not None
-        readers = whiten(directions, within(scatter, sums, count), recipe.shrinkage)
-    return Derived(directions, readers, norm, grand, components)
+        readers = whiten(directions, within(scatter, sums, count), recipe.shrinkage, removed)
+    return Derived(directions, readers, norm, grand, len(removed))
 
 
 def contrast(sums: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,12 +136,15 @@ def unit(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows / norm[:, None], norm
 
 
-def whiten(directions: Tensor, covariance: Tensor, shrinkage: float) -> Tensor:
+def whiten(directions: Tensor, covariance: Tensor, shrinkage: float, removed: Tensor) -> Tensor:
     """Readers ``r_k`` [K, d]: ``directions`` times the inverse of the shrunk covariance, scaled so that ``<r_k, v_k> = 1``.
 
-    A step along ``v_k`` then moves what ``r_k`` reads by the step's length, as it does where readers are the directions.
+    A step along ``v_k`` then moves what ``r_k`` reads by the step's length, as it does where readers are the directions. All
+    happens in the space without the components ``removed`` [c, d] from the directions: whitened over the whole space, readers
+    would pick those components up again.
     """
-    width = len(covariance)
-    target = torch.eye(width, dtype=covariance.dtype, device=covariance.device) * covariance.diagonal().mean()
-    rows: Tensor = torch.linalg.solve(torch.lerp(covariance, target, shrinkage), directions.T).T
+    inside = project_out(project_out(covariance, removed).T, removed)
+    share = inside.trace() / (len(inside) - len(removed))
+    shrunk = torch.lerp(inside, share * torch.eye(len(inside), dtype=inside.dtype, device=inside.device), shrinkage)
+    rows: Tensor = torch.linalg.solve(shrunk, directions.T).T
     return rows / (rows * directions).sum(1, keepdim=True)
