@@ -82,7 +82,7 @@ class Tracker:
         self.path, self.blocks = decoder_path(unwrapped(model))
         self.active = False
         self._listener = listener
-        self._parameters = {module: list(inspect.signature(module.forward).parameters) for module in self.path}
+        self._parameters = _parameters(self.path)
         self._handles: dict[nn.Module, tuple[Any, Any]] = {}
         self._patches: list[_Patch] = []
         self._owner: nn.Module | None = None
@@ -289,6 +289,18 @@ class _Patch:
                 above.inner, above.was_own = self.inner, self.was_own
                 return
             top = above.inner
+
+
+def _parameters(path: list[nn.Module]) -> dict[nn.Module, list[str]]:
+    """The names of each module's positional arguments; a wrapper's ``*args`` are those of the module within."""
+    names: dict[nn.Module, list[str]] = {}
+    inner: list[str] = []
+    for module in reversed(path):
+        parameters = inspect.signature(module.forward).parameters.values()
+        own = [parameter.name for parameter in parameters if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)]
+        passes_on = any(parameter.kind == parameter.VAR_POSITIONAL for parameter in parameters)
+        names[module] = inner = own + inner[len(own) :] if passes_on else own
+    return names
 
 
 def beams(config: Any) -> int:

@@ -150,6 +150,7 @@ def test_nothing_is_left_behind_also_after_exceptions():
         raise RuntimeError("broken block")
 
     with attach(model, bank, steer=CALM) as probe:
+        assert not untouched(model)
         handle = model.model.layers[2].register_forward_pre_hook(fail)
         with pytest.raises(RuntimeError, match="broken block"):
             model.generate(ids, **GREEDY)
