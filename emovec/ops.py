@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -291,8 +293,13 @@ def _(x: Tensor, *args: object, **kwargs: object) -> None:
 
 
 @torch.library.impl("emovec::apply_", "CompositeExplicitAutograd")
-def _fallback(x: Tensor, readers: Tensor, directions: Tensor, mean: Tensor, inv_std: Tensor, *args: Tensor | None, form: int = 0) -> None:
-    """Devices without a kernel of ours run the reference."""
+def _fallback(x: Tensor, readers: Tensor, directions: Tensor, mean: Tensor, inv_std: Tensor, *args: Any) -> None:
+    """GPUs without a kernel in the library get Triton's, which takes over from the first call on; other devices run the reference."""
+    if x.is_cuda and find_spec("triton"):
+        triton = import_module("emovec.triton")
+        triton.register()
+        triton.launch(x, readers, directions, mean, inv_std, *args)
+        return
     reference.apply_(x, unpack(readers, *directions.shape), directions, mean, inv_std, *args[:10])
 
 

@@ -32,33 +32,44 @@ class Tile:
     stages: int
 
 
-# By architecture, then bytes of an element of x. 128 tokens so that the bank, which every tile reads, costs less than x.
-# The columns are the most that compile without spills; see tests/test_triton.py for the registers and shared memory.
+# By the start of an architecture's name, then bytes of an element of x. As many tokens as fit the registers, because every
+# tile reads the whole bank; tests/test_triton.py compiles each and holds it to no spills.
 TILES = {
-    "sm_80": {2: Tile(128, 32, 8, 4), 4: Tile(128, 16, 8, 4)},
-    "sm_90": {2: Tile(128, 64, 8, 4), 4: Tile(128, 16, 8, 4)},
-    "sm_100": {2: Tile(128, 64, 8, 4), 4: Tile(128, 16, 8, 4)},
+    "sm_8": {2: Tile(128, 32, 8, 4), 4: Tile(128, 16, 8, 4)},
+    "sm_9": {2: Tile(128, 64, 8, 4), 4: Tile(64, 32, 8, 3)},
+    "sm_10": {2: Tile(64, 64, 8, 4), 4: Tile(64, 32, 8, 3)},
     "gfx9": {2: Tile(128, 64, 8, 2), 4: Tile(128, 32, 8, 2)},
+    "gfx1": {2: Tile(64, 32, 8, 2), 4: Tile(32, 32, 8, 2)},
     "interpreter": {2: Tile(32, 64, 1, 1), 4: Tile(32, 64, 1, 1)},
 }
 
 
 def tile_for(architecture: str, itemsize: int) -> Tile:
-    """The tile for ``architecture`` ("sm_86", "gfx942", "interpreter"); one that is not in the table takes sm_80's, the smallest."""
-    for family in (architecture, architecture[:-1], architecture[:4]):
-        if family in TILES:
-            return TILES[family][itemsize]
-    return TILES["sm_80"][itemsize]
+    """The tile for ``architecture`` ("sm_86", "gfx942", "interpreter"). One that is not in the table takes sm_80's."""
+    family = next((name for name in TILES if architecture.startswith(name)), "sm_8")
+    return TILES[family][itemsize]
 
 
-def concepts_for(concepts: int) -> tuple[int, int]:
-    """Two powers of two, at most 128 and 64, whose sum holds ``concepts``, or takes a share of them at a time.
-
-    >>> concepts_for(171), concepts_for(64), concepts_for(1024)
-    ((128, 64), (64, 16), (128, 64))
-    """
+@cache
+def constants(architecture: str, dtype: torch.dtype, width: int, concepts: int, rules: int, unit: int) -> dict[str, int | str]:
+    """What the kernel is compiled with: its constants by name, and Triton's ``num_warps`` and ``num_stages``."""
+    tile = tile_for(architecture, dtype.itemsize)
     first = min(128, max(16, 1 << concepts.bit_length() - 1))
-    return first, min(64, max(16, triton.next_power_of_2(concepts - first)))
+    return {
+        "WIDTH": width,
+        "CONCEPTS": concepts,
+        "RULES": rules,
+        "SLOTS": triton.next_power_of_2(max(rules, 1)),
+        "UNIT": unit,
+        # NVIDIA multiplies fp32 on tensor cores as TF32 only; three such products have fp32's precision.
+        "PRECISION": "tf32x3" if dtype == torch.float32 and architecture.startswith("sm_") else "ieee",
+        "BM": tile.tokens,
+        "BD": tile.columns,
+        "K0": first,
+        "K1": min(64, max(16, triton.next_power_of_2(concepts - first))),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
 
 
 @cache
@@ -86,8 +97,8 @@ def apply_(
 ) -> None:
     """As :func:`emovec.ops.apply_`, always by the Triton kernel."""
     o = layer.operands(x.device, x.dtype)
-    steering = (None,) * 6 if table is None else table.tensors()
-    launch(x, o.readers, o.directions, o.mean, o.inv_std, residual, row, *steering, scores, sqnorm)
+    steering = {} if table is None else vars(table)
+    launch(x, o.readers, o.directions, o.mean, o.inv_std, residual, row, scores=scores, sqnorm=sqnorm, **steering)
 
 
 def launch(
@@ -128,7 +139,8 @@ def launch(
     _check(x, "mean", mean, torch.float32, concepts)
     _check(x, "inv_std", inv_std, torch.float32, concepts)
     _require(concepts * width < OFFSETS, f"d = {width} is too wide for {concepts} concepts")
-    tile = tile_for(architecture_of(x.device), x.itemsize)
+    architecture = architecture_of(x.device)
+    tile = tile_for(architecture, x.itemsize)
     x_stride = _pitch("x", x, tile)
     _require(x_stride >= width, f"the rows of x overlap, their stride is {x_stride} for d = {width}")
     residual_stride = scores_stride = 0
@@ -151,22 +163,14 @@ def launch(
         return
 
     unit = gcd(x_stride, residual_stride, 16)
-    split = concepts_for(concepts)
     on_device = nullcontext() if x.device.type == "cpu" else torch.cuda.device(x.device)
     with on_device:
-        apply_kernel[(triton.cdiv(tokens, tile.tokens),)](
+        apply_kernel[(-(-tokens // tile.tokens),)](
             x, residual, readers, directions, mean, inv_std, row,
             delta, gate, gate_threshold, rule_concept, rule_bounds, rule_solve, scores, sqnorm,
             tokens, rows, x_stride // unit, residual_stride // unit, scores_stride,
-            WIDTH=width, CONCEPTS=concepts, RULES=rules, SLOTS=triton.next_power_of_2(max(rules, 1)), UNIT=unit,
-            PRECISION=precision_for(x.dtype), BM=tile.tokens, BD=tile.columns, K0=split[0], K1=split[1],
-            num_warps=tile.warps, num_stages=tile.stages,
+            **constants(architecture, x.dtype, width, concepts, rules, unit),
         )  # fmt: skip
-
-
-def precision_for(dtype: torch.dtype, *, hip: bool = torch.version.hip is not None) -> str:
-    """How the kernel multiplies: fp32 as three TF32 products (fp32's precision on tensor cores), where a GPU lacks fp32 ones."""
-    return "tf32x3" if dtype == torch.float32 and not hip else "ieee"
 
 
 # --- checks -------------------------------------------------------------------------------------------------------
@@ -226,7 +230,7 @@ def _require(condition: bool, message: str) -> None:
 
 # --- torch's dispatcher ---------------------------------------------------------------------------------------------
 
-_library: torch.library.Library | None = None
+_library: torch.library.Library | None = None  # kept: its end would take the kernel away
 
 
 def register() -> bool:
@@ -236,6 +240,6 @@ def register() -> bool:
     """
     global _library
     if _library is None and not torch._C._dispatch_has_kernel_for_dispatch_key("emovec::apply_", "CUDA"):
-        _library = torch.library.Library("emovec", "IMPL")  # kept: its end would take the kernel away
-        _library.impl("apply_", launch, "CUDA")
+        _library = torch.library.Library("emovec", "IMPL")  # type: ignore[no-untyped-call]
+        _library.impl("apply_", launch, "CUDA")  # type: ignore[no-untyped-call]
     return _library is not None

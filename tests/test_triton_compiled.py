@@ -1,0 +1,107 @@
+"""The Triton kernel compiled, without a GPU, for the architectures it has tiles for: what it spills, shares and computes with."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DTYPES
+
+triton = pytest.importorskip("triton")
+pytest.importorskip("emovec.triton")
+
+from emovec.triton import apply as launcher  # noqa: E402
+from emovec.triton.kernel import apply_kernel  # noqa: E402
+
+# Architecture, warp, bytes of shared memory a block may have, and the instruction that must do the work.
+TARGETS = {
+    "sm_80": (32, 163 << 10, "mma.sync"),
+    "sm_90": (32, 227 << 10, "wgmma.mma_async"),
+    "sm_100": (32, 227 << 10, "tcgen05.mma"),
+    "gfx942": (64, 64 << 10, "v_mfma"),
+    "gfx1100": (32, 64 << 10, ""),
+}
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+STEERING = {"row_ptr": "i32", "delta_ptr": "fp32", "gate_ptr": "i32", "threshold_ptr": "fp32"}
+RULES = {"concept_ptr": "i32", "bounds_ptr": "fp32", "solve_ptr": "fp32"}
+OUTPUTS = {"scores_ptr": "fp32", "sqnorm_ptr": "fp32"}
+
+
+def compiled(architecture: str, dtype: torch.dtype, mode: str, width: int = 4096, concepts: int = 171) -> object:
+    """The kernel as the launcher would have it compiled for aligned, contiguous tensors."""
+    name = NAMES[dtype]
+    pointers = {"x_ptr": name, "readers_ptr": name, "directions_ptr": name, "mean_ptr": "fp32", "inv_std_ptr": "fp32"} | OUTPUTS
+    if mode != "read":
+        pointers |= STEERING | RULES
+    chosen = launcher.constants(architecture, dtype, width, concepts, 16 if mode == "rules" else 0, math.gcd(width, 16))
+    signature, constants, attributes = {}, {}, {}
+    for index, argument in enumerate(apply_kernel.arg_names):
+        if argument in pointers:
+            signature[argument] = "*" + pointers[argument]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif argument in chosen or argument.endswith("_ptr"):
+            signature[argument] = "constexpr"
+            constants[argument] = chosen.get(argument)
+        else:
+            signature[argument] = "i32"
+    kind, number = ("cuda", int(architecture[3:])) if architecture.startswith("sm_") else ("hip", architecture)
+    return triton.compile(
+        triton.compiler.ASTSource(apply_kernel, signature, constants, attributes),
+        target=triton.backends.compiler.GPUTarget(kind, number, TARGETS[architecture][0]),
+        options={option: chosen[option] for option in ("num_warps", "num_stages")},
+    )
+
+
+def compiles(architecture: str, dtype: torch.dtype, mode: str, tmp_path: Path) -> None:
+    kernel = compiled(architecture, dtype, mode)
+    _, shared, instruction = TARGETS[architecture]
+    assert kernel.metadata.shared <= shared
+    if architecture.startswith("sm_"):
+        assert instruction in kernel.asm["ptx"]
+        binary = tmp_path / "kernel.cubin"
+        binary.write_bytes(kernel.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        assert found is not None, usage
+        registers, stack, local = map(int, found.groups())
+        assert 32 < registers <= 255
+        assert (stack, local) == (0, 0), f"spills {stack} bytes"
+    else:
+        assembly = kernel.asm["amdgcn"]
+        assert instruction in assembly
+        assert re.findall(r"\.([sv]gpr_spill_count): +(\d+)", assembly) == [("sgpr_spill_count", "0"), ("vgpr_spill_count", "0")]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_compiles_without_spills(architecture: str, tmp_path: Path) -> None:
+    compiles(architecture, torch.bfloat16, "rules", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["read", "add", "rules"])
+def test_every_tile_compiles_without_spills(architecture: str, dtype: torch.dtype, mode: str, tmp_path: Path) -> None:
+    compiles(architecture, dtype, mode, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "family"), [("sm_86", "sm_8"), ("sm_90", "sm_9"), ("sm_103", "sm_10"), ("sm_120", "sm_8"), ("gfx90a", "gfx9")]
+)
+def test_every_architecture_has_a_tile(architecture: str, family: str) -> None:
+    for itemsize in (2, 4):
+        assert launcher.tile_for(architecture, itemsize) == launcher.TILES[family][itemsize]
+
+
+@pytest.mark.parametrize("concepts", [1, 15, 16, 17, 64, 100, 128, 129, 171, 192, 193, 1024])
+def test_concepts_are_taken_in_powers_of_two(concepts: int) -> None:
+    chosen = launcher.constants("sm_90", torch.bfloat16, 4096, concepts, 0, 16)
+    first, second = chosen["K0"], chosen["K1"]
+    assert {first, second} <= {16, 32, 64, 128}
+    passes = -(-concepts // (first + second))
+    assert passes == -(-concepts // 192)
