@@ -5,15 +5,14 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <dlfcn.h>
+
 #include <optional>
 #include <string>
 
 #include "api.h"
 #include "common/steer.h"
 #include "schedule.h"
-
-// Lives in libtorch_cuda: weak, so that this library also loads where torch has no CUDA.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace {
 
@@ -203,17 +202,28 @@ void apply_cpu(Tensor x, Tensor readers, Tensor directions, Tensor mean, Tensor 
 }
 
 #if defined(EMOVEC_CUDA)
+// The current stream is known to libtorch_cuda, which this library must not need, since it also loads where torch has
+// none. Where a tensor is on a GPU torch has loaded it, though for itself only: so it is asked for by name.
+using CurrentStream = int32_t (*)(int32_t device, void** stream);
+CurrentStream current_stream() {
+  static const CurrentStream found = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    return torch_cuda ? reinterpret_cast<CurrentStream>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  return found;
+}
+
 void apply_cuda(Tensor x, Tensor readers, Tensor directions, Tensor mean, Tensor inv_std, Optional residual, Optional row,
                 Optional delta, Optional gate, Optional gate_threshold, Optional rule_concept, Optional rule_bounds,
                 Optional rule_solve, Optional scores, Optional sqnorm, int64_t form) {
   const ev_args a = checked(x, readers, directions, mean, inv_std, residual, row, delta, gate, gate_threshold, rule_concept,
                             rule_bounds, rule_solve, scores, sqnorm);
   STD_TORCH_CHECK(a.d % 8 == 0, "emovec: on a GPU d must be a multiple of 8, got ", a.d);
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "emovec: x is on a GPU, but this torch has no CUDA");
+  STD_TORCH_CHECK(current_stream(), "emovec: x is on a GPU, but libtorch_cuda is not loaded or does not tell the current stream");
   const int32_t device = x.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  aoti_torch_get_current_cuda_stream(device, &stream);
+  STD_TORCH_CHECK(current_stream()(device, &stream) == 0, "emovec: torch does not tell the current stream of GPU ", device);
   const int error = ev_cuda_apply(&a, static_cast<int32_t>(form), stream);
   STD_TORCH_CHECK(error != EV_NO_KERNEL, "emovec: this GPU cannot run form ", form, " on this call");
   STD_TORCH_CHECK(error == 0, "emovec: the CUDA kernel was not launched: ", ev_cuda_error_string(error));
