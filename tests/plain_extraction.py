@@ -95,6 +95,7 @@ def bank(
     corpus: Corpus,
     *,
     skip: int,
+    skip_share: float = 1.0,
     chat: bool = True,
     bos: bool = False,
     format: str = "raw",
@@ -108,10 +109,11 @@ def bank(
     for story in corpus.stories:
         if format == "raw":
             tokens = [*(ids("<s>") if bos else []), *ids(story["text"])]
-            used = list(range(skip, len(tokens)))
+            used = list(range(len(tokens)))
         else:
             tokens, roles = marked([{"role": "user", "content": story["text"]}], chat, bos, opened=False)
-            used = [position for position, role in enumerate(roles) if role][skip:]
+            used = [position for position, role in enumerate(roles) if role]
+        used = used[min(skip, int(skip_share * len(used))) :]
         if used:
             means[story["emotion"]].append(outputs(model, tokens)[:, used].mean(1))
 

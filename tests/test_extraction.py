@@ -66,14 +66,15 @@ def check(found: Bank, expected: list[dict[str, Any]], tolerance: float = 2e-6) 
     format=st.sampled_from(["raw", "chat"]),
     denoise=st.sampled_from(["tokens", "dialogues", None]),
     skip=st.integers(0, 10),
+    skip_share=st.sampled_from([0.2, 1.0]),
     variance=st.sampled_from([0.2, 0.5, 0.8]),
     batch_tokens=st.sampled_from([1, 60, 150, 4096]),
 )
 def test_streaming_equals_the_plain_recipe(
-    counts: list[int], seed: int, side: str, chat: bool, bos: bool, format: str, denoise: Any, skip: int, variance: float, batch_tokens: int
+    counts: list[int], seed: int, side: str, chat: bool, bos: bool, batch_tokens: int, **options: Any
 ) -> None:
     corpus = Corpus(tuple(counts), seed)
-    options = {"skip": skip, "format": format, "denoise": denoise, "variance": variance, "shrinkage": 0.3}
+    options["shrinkage"] = 0.3
     found = bank_of(corpus, plain.tokenizer(side=side, chat=chat, bos=bos), batch_tokens=batch_tokens, **options)
     check(found, plain.bank(MODEL, corpus, chat=chat, bos=bos, **options))
 

@@ -53,6 +53,13 @@ def test_a_story_is_used_from_the_token_after_the_skip(side: str) -> None:
     assert words(story_tokens(plain.tokenizer(), story, skip=60, chat=False), PROMPT) == []
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_no_more_than_a_share_is_skipped(chat: bool) -> None:
+    for length, first in ((60, 20), (59, 19), (200, 50), (2, 0)):
+        story = (plain.WORDS * 2)[:length]
+        assert words(story_tokens(plain.tokenizer(), " ".join(story), skip=50, share=1 / 3, chat=chat), PROMPT) == story[first:]
+
+
 def test_the_same_words_twice_belong_to_their_own_turns() -> None:
     turns = [{"role": role, "content": "w5"} for role in ("user", "assistant", "user")]
     assert [kind for kind in dialogue_tokens(plain.tokenizer(), turns).kinds if kind != UNUSED] == [PROMPT, GENERATED, PROMPT]

@@ -118,8 +118,9 @@ class Texts:
         return Plan(found, used.total(), short.total(), each, tokens, tokens + extra, digest)
 
     def _tokens(self, story: Story, label: int = 0) -> Tokens:
-        chat = self._recipe.format == "chat"
-        return story_tokens(self._tokenizer, story.text, skip=self._recipe.skip, chat=chat, label=label)
+        recipe = self._recipe
+        chat = recipe.format == "chat"
+        return story_tokens(self._tokenizer, story.text, skip=recipe.skip, share=recipe.skip_share, chat=chat, label=label)
 
 
 def _usable(text: Tokens) -> bool:

@@ -22,6 +22,8 @@ class Recipe:
 
     Attributes:
         skip: tokens of each story left out at its start, before the feeling has shown.
+        skip_share: but no more than this share of a story, so that short texts can go along with long ones. 1: stories that are
+            no longer than ``skip`` are left out.
         format: "raw", the story's text alone, or "chat", the story as a user's message in the model's chat template.
         denoise: principal components of neutral dialogues are projected out of the directions: of their "tokens", of their
             "dialogues" (each dialogue's mean), or None.
@@ -32,6 +34,7 @@ class Recipe:
     """
 
     skip: int = 50
+    skip_share: float = 1.0
     format: str = "raw"
     denoise: str | None = "tokens"
     variance: float = 0.5
@@ -44,7 +47,7 @@ class Recipe:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
         if not isinstance(self.skip, int) or self.skip < 0:
             raise ValueError(f"skip must be a number of tokens, got {self.skip!r}")
-        for name in ("variance", "shrinkage"):
+        for name in ("skip_share", "variance", "shrinkage"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)!r}")
 

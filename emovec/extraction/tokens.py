@@ -88,20 +88,20 @@ def batches(texts: Iterable[Tokens], batch_tokens: int) -> Iterator[Batch]:
             window = window[size:]
 
 
-def story_tokens(tokenizer: Any, text: str, *, skip: int, chat: bool, label: int = 0) -> Tokens:
-    """A story's tokens; all but the first ``skip`` of them are used.
+def story_tokens(tokenizer: Any, text: str, *, skip: int, share: float = 1.0, chat: bool = False, label: int = 0) -> Tokens:
+    """A story's tokens; all but the first ``skip`` of them, though at most a ``share``, are used.
 
     Raw: the skip counts the tokens as the model gets them, a beginning-of-sequence token included. Chat: the story is a
     user's message, and the skip counts from its own first token; the template's tokens are not used.
     """
     if chat:
         ids, inside = _rendered(tokenizer, [{"role": "user", "content": text}], generation_prompt=False)
-        positions = [position for position, role in enumerate(inside) if role is not None][skip:]
+        positions = [position for position, role in enumerate(inside) if role is not None]
     else:
         ids = tokenizer(text)["input_ids"]
-        positions = list(range(skip, len(ids)))
+        positions = list(range(len(ids)))
     kinds = [UNUSED] * len(ids)
-    for position in positions:
+    for position in positions[min(skip, int(share * len(positions))) :]:
         kinds[position] = PROMPT
     return Tokens(ids, kinds, label)
 
