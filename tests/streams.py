@@ -36,7 +36,8 @@ class Streams:
     def scores(self, bank, layer, kinds):
         """[batch, columns, K] in fp64, each column against the baseline of its kind."""
         stream = torch.cat(self.seen[layer], 1).double()
-        projection = stream @ bank[layer].directions.double().T
+        readers = bank[layer].directions if bank[layer].readers is None else bank[layer].readers
+        projection = stream @ readers.double().T
         parts = [
             (projection[:, [column]] - bank[layer].baseline(kind).mean.double()) / bank[layer].baseline(kind).std.double()
             for column, kind in enumerate(kinds)

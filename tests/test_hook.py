@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -193,6 +195,23 @@ def test_layers_to_read_are_chosen():
     assert torch.equal(probe[0].at(1), all_layers[0].at(1))
     with pytest.raises(ValueError, match="layer 2 was not read"):
         probe[0].at(2)
+
+
+def test_readers_of_their_own():
+    model, known = tiny.model(), tiny.bank()
+    g = torch.Generator().manual_seed(9)
+    layers = [replace(layer, readers=torch.randn(layer.directions.shape, generator=g)) for layer in known.values()]
+    bank = Bank(layers, known.read_layer, known.steer_layers, known.families, known.meta)
+    ids = tiny.tokens(2, 5)
+    with Streams(model) as streams, torch.no_grad():
+        model(ids)
+    with attach(model, bank) as probe, torch.no_grad():
+        model(ids)
+    assert_close(probe[1].at(2), streams.scores(bank, 2, ["prompt"] * 5)[1])
+    steer = {"angry": {"set": 2.0}, "calm": 0.2}
+    with attach(model, bank, steer=steer, steer_layers=[2]), Streams(model) as streams, torch.no_grad():
+        model(ids)
+    assert_close(streams.scores(bank, 2, ["prompt"] * 5)[..., bank.resolve("angry")], torch.full((2, 5), 2.0))
 
 
 def test_uncalibrated_scores_are_raw_projections():
