@@ -4,7 +4,12 @@
 
 Loop 1 streams the tokens once: projections and norms accumulate, and tokens whose row only adds are written back on the
 way. Loop 2 runs where the tile has tokens with a gate or rules: these need complete projections first, so their stream
-is read again (from L2, where the tile still is).
+is read again (from L2, where the tile may still be). Without outputs there is nothing to read for the tokens that only
+add, and loop 2 writes them all.
+
+Offsets inside of a tile, and inside of the bank, are 32 bits wide, which saves registers; the launcher refuses what does
+not fit. Offsets of a tile or a row of the table are 64 bits wide. How far loop 2 goes must not depend on the projections:
+Triton 3.6 fails to compile for sm_100 where a reduction to a scalar follows from a product.
 
 Concepts are taken K0 + K1 at a time: ``tl.dot`` wants powers of two, and 171 fits 128 + 64 with less waste than 256.
 
@@ -19,9 +24,7 @@ import triton.language as tl
 
 
 @triton.jit
-def write_scores(
-    scores_row, acc, mean_ptr, inv_std_ptr, valid, first, CONCEPTS: tl.constexpr, KT: tl.constexpr
-):  # fmt: skip
+def write_scores(scores_row, acc, mean_ptr, inv_std_ptr, valid, first, CONCEPTS: tl.constexpr, KT: tl.constexpr):
     """Scores of the KT concepts from ``first`` on; ``scores_row`` [BM, 1] points at each token's first score."""
     concept = first + tl.arange(0, KT)
     known = concept < CONCEPTS
@@ -115,7 +118,7 @@ def apply_kernel(
         streamed = (row >= 0) & (waits == 0)
         if not READ:  # no projections are wanted for their own sake: loop 1 is left out unless a token waits for some
             last = tl.max(tl.where(waits, CONCEPTS, 0), 0)
-            streamed = row < -1
+            streamed = row < -1  # none: loop 2 writes all
         until = tl.max(tl.where((row >= 0) & (streamed == 0), WIDTH, 0), 0)
         p_gate = tl.zeros((BM,), tl.float32)
         p_open = tl.zeros((BM, SLOTS), tl.float32)
