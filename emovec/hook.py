@@ -20,7 +20,7 @@ from emovec.monitor import Reading
 from emovec.ops import Row, Table
 from emovec.recording import Recording
 from emovec.steer import Steering
-from emovec.tap import RowBuffer, Tap, apply_to, check_width, retype, stream_of
+from emovec.tap import RowBuffers, Tap, apply_to, check_width, retype, stream_of
 from emovec.tracking import Span, Tracker
 
 
@@ -122,7 +122,7 @@ class Probe:
         self.bank = bank
         self.follows = bool(recording.layers) or watch is not None
         self._allotment, self._recording, self._watch = allotment, recording, watch
-        self._buffers: dict[torch.device, RowBuffer] = {}
+        self._buffers = RowBuffers()
         self._tracker = Tracker(model, self)
         self._taps = {index: Tap(bank[index], rows[index], index in reading, self._tracker, self._buffers) for index in rows}
         self._handles: dict[int, Any] = {}
@@ -195,8 +195,7 @@ class Probe:
             self._allotment.check(span.prompts)
             overlaid = {} if self._watch is None or span.fresh else self._watch.overlaid
             pairs = self._allotment.pairs(span.batch, span.prompts, overlaid)
-            for buffer in self._buffers.values():
-                buffer.write(span.batch, span.width, span.prompt, pairs, span.real)
+            self._buffers.write(span.batch, span.width, span.prompt, pairs, span.real)
         for tap in self._taps.values():
             tap.reserve(span.tokens)
 

@@ -80,7 +80,12 @@ class Recording:
             if known.span.start < span.start
         ]
         ids, real = (None if tensor is None else tensor.clone() for tensor in (span.ids, span.real))
-        kept = {layer: scores[layer][: span.tokens].clone().view(span.batch, span.width, len(self._bank.names)) for layer in self.layers}
+        kept: dict[int, Tensor] = {}
+        shape = (span.batch, span.width, len(self._bank.names))
+        for device in {scores[layer].device for layer in self.layers}:
+            layers = [layer for layer in self.layers if scores[layer].device == device]
+            copies = torch.stack([scores[layer].narrow(0, 0, span.tokens) for layer in layers])  # one kernel for all layers
+            kept |= zip(layers, (copy.view(shape) for copy in copies.unbind()), strict=True)
         self._passes.append(_Pass(replace(span, ids=ids, real=real), kept))
 
     def __len__(self) -> int:

@@ -62,20 +62,45 @@ class RowBuffer:
     def __init__(self, device: torch.device) -> None:
         self.row = persistent(torch.empty(0, dtype=torch.int32, device=device))
         self._written: object = None
+        self._rows: tuple[tuple[int, int], ...] = ()
+        self._per_sequence = torch.empty(0, 2, dtype=torch.int32, device=device)
 
     def write(self, batch: int, width: int, prompt: int, rows: Sequence[tuple[int, int]], real: Tensor | None) -> None:
         """Give each of the ``rows`` (of prompt tokens, of generated tokens) to its sequence; padding gets -1."""
-        key = (batch, width, prompt, tuple(rows))
+        if self._rows != tuple(rows):
+            self._rows, self._per_sequence = tuple(rows), torch.tensor(rows, dtype=torch.int32).to(self.row.device)
+        key = (batch, width, prompt, self._rows)
         if real is None and key == self._written:
             return
         self.row = grown(self.row, batch * width)
-        per_sequence = torch.tensor(rows, dtype=torch.int32).to(self.row.device)
         columns = torch.arange(width, device=self.row.device)
-        row = torch.where(columns < prompt, per_sequence[:, :1], per_sequence[:, 1:])
+        row = torch.where(columns < prompt, self._per_sequence[:, :1], self._per_sequence[:, 1:])
         if real is not None:
             row = row.masked_fill(~real.to(row.device), -1)
         self.row[: batch * width] = row.reshape(-1)
         self._written = None if real is not None else key
+
+
+class RowBuffers:
+    """A row buffer on every device where a hooked block puts out, all with the same rows."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[torch.device, RowBuffer] = {}
+        self._latest: tuple[Any, ...] | None = None
+
+    def write(self, *rows: Any) -> None:
+        """As :meth:`RowBuffer.write`, on every device."""
+        self._latest = rows
+        for buffer in self._buffers.values():
+            buffer.write(*rows)
+
+    def on(self, device: torch.device) -> RowBuffer:
+        """The buffer there; with the latest rows, should the device turn up in the middle of a forward pass."""
+        if device not in self._buffers:
+            self._buffers[device] = RowBuffer(device)
+            if self._latest is not None:
+                self._buffers[device].write(*self._latest)
+        return self._buffers[device]
 
 
 class Tap:
@@ -86,25 +111,25 @@ class Tap:
         rows: the rows of its steering table; none: it only reads.
         reads: whether it fills ``scores``.
         tracker: tells whether a forward pass of the whole model is under way.
-        buffers: device -> the tokens' rows there; added to when the block is on a new device.
+        buffers: the tokens' rows.
     """
 
-    def __init__(
-        self, layer: BankLayer, rows: Sequence[Row], reads: bool, tracker: Tracker, buffers: dict[torch.device, RowBuffer]
-    ) -> None:
+    def __init__(self, layer: BankLayer, rows: Sequence[Row], reads: bool, tracker: Tracker, buffers: RowBuffers) -> None:
         self.layer, self.rows, self.reads = layer, tuple(rows), reads
         self.tokens = -1  # of the last call; a compiled graph sets it as well, so it tells that the hook is in the graph
         self._tracker, self._buffers = tracker, buffers
         self._place: tuple[torch.device, torch.dtype] | None = None
+        self._move_to = torch.compiler.disable(self._move)  # type: ignore[no-untyped-call]
 
     def lay_out(self, device: torch.device, dtype: torch.dtype) -> None:
         """Prepare for a block whose output is on ``device`` in ``dtype``."""
-        self.operands = self.layer.operands(device, dtype)
-        self.table = Table.build(self.rows, self.operands) if self.rows else None
-        for tensor in (*vars(self.operands).values(), *(self.table.tensors() if self.table is not None else ())):
-            persistent(tensor)
-        self.scores = persistent(torch.empty(0, len(self.layer.names), device=device)) if self.reads else None
-        self.buffer = self._buffers.setdefault(device, RowBuffer(device))
+        with torch.inference_mode(False):  # what is kept must be usable outside it
+            self.operands = self.layer.operands(device, dtype)
+            self.table = Table.build(self.rows, self.operands) if self.rows else None
+            for tensor in (*vars(self.operands).values(), *(self.table.tensors() if self.table is not None else ())):
+                persistent(tensor)
+            self.scores = persistent(torch.empty(0, len(self.layer.names), device=device)) if self.reads else None
+            self.buffer = self._buffers.on(device)
         self._place = (device, dtype)
 
     def reserve(self, tokens: int) -> None:
@@ -120,7 +145,7 @@ class Tap:
                 return  # recomputed for a backward pass: only what is inside the block counts, and that is not steered
             raise RuntimeError(f"decoder block {self.layer.index} was called by itself; attached models are called as a whole")
         if self._place != (hidden.device, hidden.dtype):
-            self._move(hidden, module)
+            self._move_to(hidden, module)
         tokens = hidden.numel() // hidden.shape[-1]
         scores = None if self.scores is None else self.scores[:tokens]
         row = None if self.table is None else self.buffer.row[:tokens]

@@ -126,6 +126,19 @@ def test_generate_with_a_compiled_model(way):
     assert_close(probe[1].scores, expected[1].scores)
 
 
+@SLOW
+def test_blocks_that_turn_out_to_be_elsewhere(monkeypatch, expected):
+    """The first pass breaks the graph to lay out; the others do not."""
+    _, steered, scores = expected
+    monkeypatch.setattr("emovec.hook._place", lambda block: (torch.device("meta"), torch.bfloat16))
+    model, ids = tiny.fresh(), tiny.tokens(2, 5)
+    compiled = torch.compile(model, backend="eager")
+    with attach(model, tiny.bank(), steer=[CALM, None]) as probe:
+        for _ in range(3):
+            torch.testing.assert_close(run(compiled, ids), steered, rtol=1e-3, atol=1e-3)
+            assert_close(probe[1].scores, scores[1])
+
+
 def test_a_graph_without_the_hook_says_so():
     """Captured beforehand in a way that is not guarded on anything."""
     model, ids = tiny.fresh(), tiny.tokens(2, 5)

@@ -113,3 +113,15 @@ def test_beams_can_be_steered_but_not_read():
     with attach(model, bank, steer=CALM), pytest.raises(ValueError, match="num_beams=3 cannot be read"):
         model.generate(ids, **beams)
     assert untouched(model)
+
+
+def test_blocks_that_turn_out_to_be_elsewhere(monkeypatch):
+    """As when weights are offloaded: where the block puts out is known only when it does."""
+    model, bank, ids = tiny.model(), tiny.bank(), tiny.tokens(2, 5)
+    with attach(model, bank, steer=[CALM, None]) as expected, torch.no_grad():
+        logits = model(ids).logits
+    monkeypatch.setattr("emovec.hook._place", lambda block: (torch.device("meta"), torch.bfloat16))
+    with attach(model, bank, steer=[CALM, None]) as probe, torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(model(ids).logits, logits)
+            assert torch.equal(probe[0].scores, expected[0].scores)
