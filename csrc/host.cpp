@@ -19,6 +19,7 @@ const std::map<std::string, int32_t>& kernels() {
       {"cpu_amx", EV_CPU_AMX},
 #if defined(EMOVEC_CUDA)
       {"cuda_portable", EV_CUDA_PORTABLE},
+      {"cuda_decode_sm90", EV_CUDA_DECODE_SM90},
 #endif
   };
   return all;

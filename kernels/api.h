@@ -48,6 +48,7 @@ enum ev_kernel : int32_t {
   EV_CPU_AVX512_BF16 = 4,
   EV_CPU_AMX = 5,
   EV_CUDA_PORTABLE = 16,
+  EV_CUDA_DECODE_SM90 = 17,
 };
 
 extern "C" {

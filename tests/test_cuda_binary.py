@@ -52,6 +52,21 @@ def usage(architecture: str) -> dict[str, dict[str, int]]:
     return found
 
 
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+def test_the_decode_kernel(architecture: str) -> None:
+    """No stack at all; 768 threads fit; bulk copies, tensor cores and cluster barriers are there."""
+    kernels = {name: used for name, used in usage(architecture).items() if "decode" in name}
+    assert len(kernels) == 2, sorted(kernels)
+    for name, used in kernels.items():
+        assert used["STACK"] == used["LOCAL"] == 0, (name, used)
+        assert used["REG"] <= 80, (name, used)
+    code = {part.split(maxsplit=1)[0]: part for part in dump("--dump-sass", "--gpu-architecture", architecture).split("Function : ")[1:]}
+    for name in kernels:
+        product = r"HMMA\.16816\.F32 " if "half" in name else r"HMMA\.16816\.F32\.BF16"
+        for instruction in ("UBLKCP", "UCGABAR_ARV", r"LDSM\.16\.M88\.4", product):
+            assert re.search(instruction, code[name]), (name, instruction)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_register_is_spilled(architecture: str) -> None:
     kernels = {name: used for name, used in usage(architecture).items() if "portable" in name}

@@ -27,6 +27,7 @@ cudaError_t describe(ev::Device& device) {
   if ((error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index)) != cudaSuccess) return error;
   if ((error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index)) != cudaSuccess) return error;
   device.capability = major * 10 + minor;
+  device.cluster = major == 9 || major == 10 ? ev::decode_sm90_cluster(device.shared_bytes) : 0;
   if (index < kDevices) {
     ev::Device* expected = nullptr;
     ev::Device* made = new ev::Device(device);
@@ -35,16 +36,26 @@ cudaError_t describe(ev::Device& device) {
   return cudaSuccess;
 }
 
+// Up to this many tokens a cluster of blocks is faster than a block.
+enum : int { kDecodeTokens = 64 };
+
+int32_t fastest(const ev_args& a, const ev::Device& device) {
+  return a.n <= kDecodeTokens && ev::decode_sm90_runs(a, device) ? EV_CUDA_DECODE_SM90 : EV_CUDA_PORTABLE;
+}
+
 }  // namespace
 
 extern "C" int ev_cuda_apply(const ev_args* args, int32_t kernel, void* stream) {
-  if (kernel != EV_AUTO && kernel != EV_CUDA_PORTABLE) return EV_NO_KERNEL;
+  if (kernel != EV_AUTO && kernel != EV_CUDA_PORTABLE && kernel != EV_CUDA_DECODE_SM90) return EV_NO_KERNEL;
   const bool writes = args->table.delta || args->scores || args->sqnorm;
   if (args->n == 0 || !writes) return cudaSuccess;
   ev::Device device{};
   const cudaError_t error = describe(device);
   if (error != cudaSuccess) return error;
-  return ev::apply_portable(*args, device, static_cast<cudaStream_t>(stream));
+  if (kernel == EV_AUTO) kernel = fastest(*args, device);
+  if (kernel == EV_CUDA_PORTABLE) return ev::apply_portable(*args, device, static_cast<cudaStream_t>(stream));
+  if (!ev::decode_sm90_runs(*args, device)) return EV_NO_KERNEL;
+  return ev::apply_decode_sm90(*args, device, static_cast<cudaStream_t>(stream));
 }
 
 extern "C" const char* ev_cuda_error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

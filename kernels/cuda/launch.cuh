@@ -9,18 +9,33 @@ namespace ev {
 #else
 #define EV_DYNAMIC_SHARED(name) extern __shared__ __align__(128) char name[]
 
-// `bytes` of dynamic shared memory; more than 48 KB have to be asked for, which costs less than remembering for which
-// of the devices it was.
-template <class... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, cudaStream_t stream, const Parameters&... arguments) {
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config{};
+// A launch of clusters of `cluster` blocks with `bytes` of dynamic shared memory. More than 48 KB and clusters of more than
+// 8 have to be asked for, which costs less than remembering for which of the devices it was.
+template <class Kernel>
+cudaError_t prepare(cudaLaunchConfig_t& config, cudaLaunchAttribute& attribute, Kernel* kernel, dim3 blocks, int threads, int bytes, cudaStream_t stream,
+                    int cluster) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess && cluster > 8) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  config = {};
   config.gridDim = blocks;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (cluster > 1) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  return error;
+}
+
+template <class... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, cudaStream_t stream, int cluster, const Parameters&... arguments) {
+  cudaLaunchConfig_t config;
+  cudaLaunchAttribute attribute;
+  const cudaError_t error = prepare(config, attribute, kernel, blocks, threads, bytes, stream, cluster);
+  return error == cudaSuccess ? cudaLaunchKernelEx(&config, kernel, arguments...) : error;
 }
 #endif
 

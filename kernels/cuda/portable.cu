@@ -265,7 +265,7 @@ struct Choice {
 template <class T, int MW, int MT>
 cudaError_t launch_tile(const ev_args& a, const Layout& layout, cudaStream_t stream) {
   const int64_t tiles = (a.n + Tile<T, MW, MT>::kTokens - 1) / Tile<T, MW, MT>::kTokens;
-  return launch(portable<T, MW, MT>, dim3(static_cast<unsigned>(tiles)), kThreads, layout.bytes, stream, a, layout);
+  return launch(portable<T, MW, MT>, dim3(static_cast<unsigned>(tiles)), kThreads, layout.bytes, stream, 1, a, layout);
 }
 
 template <class T, int MW, int MT>

@@ -21,9 +21,7 @@ __device__ __forceinline__ bool sort_tokens(const ev_args& a, int64_t first, int
   const int t = static_cast<int>(threadIdx.x);
   if (t < TOKENS) {
     const ev_table& table = a.table;
-    int32_t j = -1;
-    if (table.delta && t < count) j = a.row ? a.row[first + t] : 0;
-    if (j >= table.rows) j = -1;
+    const int32_t j = table.delta && t < count ? ev_own_row(a, first + t) : -1;
     bool wait = false;
     if (j >= 0) {
       wait = ev_is_concept(a, table.gate[2 * j]);
@@ -51,13 +49,13 @@ __device__ __forceinline__ void decide(const ev_args& a, int64_t first, Tokens<T
   }
 }
 
-// x += delta_j + sum_m c_m v_m for SPAN columns of a token, by one warp; `c` null: no rules.
-enum : int { kSpanVectors = 4 };
-template <class T>
-constexpr int kSpan = kSpanVectors * 32 * Vector<T>::kSize;
+// x += delta_j + sum_m c_m v_m for the columns of a token from `begin` to `end`, at most a span, by one warp; `c` null: no
+// rules. VECTORS of 16 bytes a thread make a span.
+template <class T, int VECTORS>
+constexpr int kSpan = VECTORS * 32 * Vector<T>::kSize;
 
-template <class T>
-__device__ __forceinline__ void steer_span(const ev_args& a, int64_t token, int64_t j, const float* c, int64_t begin) {
+template <class T, int VECTORS>
+__device__ __forceinline__ void steer_span(const ev_args& a, int64_t token, int64_t j, const float* c, int64_t begin, int64_t end) {
   using V = Vector<T>;
   T* x = static_cast<T*>(a.x) + token * a.x_stride;
   const float* delta = a.table.delta + j * a.d;
@@ -67,12 +65,12 @@ __device__ __forceinline__ void steer_span(const ev_args& a, int64_t token, int6
   const bool directions_aligned = is_aligned(a.directions);
   const int64_t column = begin + threadIdx.x % 32 * V::kSize;
 
-  V before[kSpanVectors];
-  float update[kSpanVectors][V::kSize];
+  V before[VECTORS];
+  float update[VECTORS][V::kSize];
 #pragma unroll
-  for (int i = 0; i < kSpanVectors; ++i) {
+  for (int i = 0; i < VECTORS; ++i) {
     const int64_t at = column + i * 32 * V::kSize;
-    if (at >= a.d) continue;
+    if (at >= end) continue;
     before[i] = V::load(x + at, x_aligned);
 #pragma unroll
     for (int e = 0; e < V::kSize; e += 4) {
@@ -84,18 +82,18 @@ __device__ __forceinline__ void steer_span(const ev_args& a, int64_t token, int6
     if (c[m] == 0.f) continue;
     const T* v = directions + a.table.rule_concept[j * a.table.rules + m] * a.d;
 #pragma unroll
-    for (int i = 0; i < kSpanVectors; ++i) {
+    for (int i = 0; i < VECTORS; ++i) {
       const int64_t at = column + i * 32 * V::kSize;
-      if (at >= a.d) continue;
+      if (at >= end) continue;
       const V part = V::load(v + at, directions_aligned);
 #pragma unroll
       for (int e = 0; e < V::kSize; ++e) update[i][e] += c[m] * to_float(part.value[e]);
     }
   }
 #pragma unroll
-  for (int i = 0; i < kSpanVectors; ++i) {
+  for (int i = 0; i < VECTORS; ++i) {
     const int64_t at = column + i * 32 * V::kSize;
-    if (at >= a.d) continue;
+    if (at >= end) continue;
 #pragma unroll
     for (int e = 0; e < V::kSize; ++e) before[i].value[e] = rounded<T>(to_float(before[i].value[e]) + update[i][e]);
     before[i].store(x + at, x_aligned);
@@ -105,11 +103,13 @@ __device__ __forceinline__ void steer_span(const ev_args& a, int64_t token, int6
 // The whole block steers the tile's tokens whose `row` is not -1.
 template <class T, int TOKENS>
 __device__ __forceinline__ void steer_tokens(const ev_args& a, int64_t first, const int32_t* row, const float* coefficients) {
-  const int spans = static_cast<int>((a.d + kSpan<T> - 1) / kSpan<T>);
+  constexpr int vectors = 4, span = kSpan<T, vectors>;
+  const int spans = static_cast<int>((a.d + span - 1) / span);
   for (int item = threadIdx.x / 32; item < TOKENS * spans; item += blockDim.x / 32) {
     const int t = item / spans;
     if (row[t] < 0) continue;
-    steer_span<T>(a, first + t, row[t], coefficients ? coefficients + t * EV_MAX_RULES : nullptr, static_cast<int64_t>(item % spans) * kSpan<T>);
+    const float* c = coefficients ? coefficients + t * EV_MAX_RULES : nullptr;
+    steer_span<T, vectors>(a, first + t, row[t], c, static_cast<int64_t>(item % spans) * span, a.d);
   }
 }
 

@@ -1,7 +1,7 @@
-// A GPU block on a CPU, so that the CUDA kernels' logic is tested where there is no GPU: every thread is a fiber, a warp's
+// A GPU's blocks on a CPU, so that the CUDA kernels' logic is tested where there is no GPU: every thread is a fiber, a warp's
 // collective operation happens when its last lane arrives, and asynchronous copies land as late as the program allows.
-// Warps run in another order in every block, so that a missing barrier often shows; compute-sanitizer looks for the rest. One
-// block at a time.
+// Warps run in another order in every cluster, so that a missing barrier often shows; compute-sanitizer looks for the rest. One
+// cluster of blocks at a time.
 #pragma once
 #include <cuda_runtime_api.h>
 #include <ucontext.h>
@@ -13,7 +13,10 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
+#include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #undef __shared__
@@ -35,7 +38,8 @@ struct Lane {
   float* c = nullptr;
   uint32_t a[4], b[2], out[4];
   float value = 0, received = 0;
-  int distance = 0, predicate = 0;
+  int other = 0, predicate = 0;
+  long round = 0;  // of the cluster's meeting that it arrived at
 };
 
 // Threads that meet: the last to arrive does the work, and nobody leaves before.
@@ -44,125 +48,155 @@ struct Meeting {
   long round = 0;
 };
 
-class Block {
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+  bool inside;
+  void land() const {
+    if (inside) std::memcpy(to, from, bytes);
+    else std::memset(to, 0, bytes);
+  }
+};
+
+// An mbarrier of one arrival, and the bulk copies that will land on it.
+struct Landing {
+  int phase = 0, announced = 0;
+  std::vector<Copy> copies;
+};
+
+class Cluster;
+
+struct Block {
+  Cluster& cluster;
+  int rank;
+  std::vector<char> memory;
+  std::vector<Lane> lanes;
+  std::vector<std::deque<std::vector<Copy>>> copies;
+  std::vector<Meeting> warps;
+  Meeting all;
+  std::map<const void*, Landing> landings;
+
+  Block(Cluster& cluster, int rank, int threads, int shared_bytes)
+      : cluster(cluster),
+        rank(rank),
+        memory(shared_bytes + 128, static_cast<char>(0xff)),  // NaN to whoever reads what nobody wrote
+        lanes(threads),
+        copies(threads),
+        warps(threads / 32, Meeting{32}),
+        all{threads} {}
+
+  static Block& current();
+  void meet(Meeting& meeting, const std::function<void()>& work);
+  void meet_warp(const std::function<void(Lane*)>& work) {
+    const unsigned warp = emulated_thread.x / 32;
+    meet(warps[warp], [&] { work(&lanes[warp * 32]); });
+  }
+  Lane& lane() { return lanes[emulated_thread.x]; }
+  char* shared() { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 127) / 128 * 128); }
+  std::deque<std::vector<Copy>>& groups() {
+    auto& groups = copies[emulated_thread.x];
+    if (groups.empty()) groups.emplace_back();
+    return groups;
+  }
+};
+
+class Cluster {
  public:
-  static Block& current() {
-    static Block block;
-    return block;
+  static Cluster*& running() {
+    static Cluster* cluster = nullptr;
+    return cluster;
   }
 
-  void run(int threads, int shared_bytes, std::function<void()> body) {
-    threads_ = threads;
-    shared_.assign(shared_bytes + 128, static_cast<char>(0xff));  // NaN to whoever reads what nobody wrote
+  Cluster(int blocks, int threads, int shared_bytes) : meeting{blocks * threads}, threads_(threads), fibers_(blocks * threads) {
+    for (int rank = 0; rank < blocks; ++rank) this->blocks.push_back(std::make_unique<Block>(*this, rank, threads, shared_bytes));
+  }
+
+  void run(unsigned first, std::function<void()> body) {
+    enum : size_t { kStack = 64 << 10 };
+    running() = this;
     body_ = std::move(body);
-    lanes_.assign(threads, Lane{});
-    copies_.assign(threads, {});
-    warps_.assign(threads / 32, Meeting{32});
-    all_ = Meeting{threads};
+    const int threads = static_cast<int>(fibers_.size());
+    std::vector<std::unique_ptr<char[]>> stacks(threads);
+    std::vector<int> order(threads / 32);
+    for (int i = 0; i < threads / 32; ++i) order[i] = i;
+    static std::mt19937 random(1);
+    std::shuffle(order.begin(), order.end(), random);
     done_.assign(threads, false);
-    fibers_.resize(threads);
-    stacks_.resize(threads);
-    order_.resize(threads / 32);
-    for (int i = 0; i < threads / 32; ++i) order_[i] = i;
-    std::shuffle(order_.begin(), order_.end(), random_);
     for (int t = 0; t < threads; ++t) {
-      stacks_[t].resize(128 << 10);
+      stacks[t].reset(new char[kStack]);
       getcontext(&fibers_[t]);
-      fibers_[t].uc_stack.ss_sp = stacks_[t].data();
-      fibers_[t].uc_stack.ss_size = stacks_[t].size();
+      fibers_[t].uc_stack.ss_sp = stacks[t].get();
+      fibers_[t].uc_stack.ss_size = kStack;
       fibers_[t].uc_link = &main_;
-      makecontext(&fibers_[t], [] { current().enter(); }, 0);
+      makecontext(&fibers_[t], [] { running()->enter(); }, 0);
     }
-    for (;;) {
-      bool alive = false;
-      progress_ = false;
-      for (int warp : order_) {
-        for (int lane = 0; lane < 32; ++lane) {
-          const int t = warp * 32 + lane;
+    for (bool alive = true; alive;) {
+      alive = progress = false;
+      for (int warp : order) {
+        for (int t = warp * 32; t < warp * 32 + 32; ++t) {
           if (done_[t]) continue;
           alive = true;
-          thread_ = t;
-          emulated_thread.x = t;
+          fiber_ = t;
+          emulated_thread.x = t % threads_;
+          emulated_block.x = first + t / threads_;
           swapcontext(&main_, &fibers_[t]);
         }
       }
-      if (!alive) break;
-      if (!progress_) {
+      if (alive && !progress) {
         std::fprintf(stderr, "emulator: threads wait for each other forever\n");
         std::abort();
       }
     }
   }
 
-  void meet(Meeting& meeting, const std::function<void()>& work) {
-    const long round = meeting.round;
-    if (++meeting.arrived == meeting.size) {
-      work();
-      meeting.arrived = 0;
-      ++meeting.round;
-      progress_ = true;
-      return;
-    }
-    while (meeting.round == round) swapcontext(&fibers_[thread_], &main_);
-  }
-  void meet_warp(const std::function<void(Lane*)>& work) {
-    Lane* lanes = &lanes_[thread_ / 32 * 32];
-    meet(warps_[thread_ / 32], [&] { work(lanes); });
-  }
-  void meet_all(const std::function<void()>& work) { meet(all_, work); }
+  void yield() { swapcontext(&fibers_[fiber_], &main_); }
+  Block& block() { return *blocks[fiber_ / threads_]; }
 
-  Lane& lane() { return lanes_[thread_]; }
-  std::vector<Lane>& lanes() { return lanes_; }
-  char* shared() { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(shared_.data()) + 127) / 128 * 128); }
-  struct Copy {
-    void* to;
-    const void* from;
-    bool inside;
-  };
-  std::deque<std::vector<Copy>>& groups() {
-    auto& groups = copies_[thread_];
-    if (groups.empty()) groups.emplace_back();
-    return groups;
-  }
+  std::vector<std::unique_ptr<Block>> blocks;
+  Meeting meeting;
+  bool progress = false;
 
  private:
   void enter() {
-    const int t = thread_;
+    const int t = fiber_;
     body_();
     done_[t] = true;
-    progress_ = true;
+    progress = true;
   }
 
-  int threads_ = 0, thread_ = 0;
-  bool progress_ = false;
-  std::vector<char> shared_;
+  int threads_, fiber_ = 0;
   std::function<void()> body_;
-  std::vector<Lane> lanes_;
-  std::vector<std::deque<std::vector<Copy>>> copies_;
-  std::vector<Meeting> warps_;
-  Meeting all_;
   std::vector<bool> done_;
   ucontext_t main_;
   std::vector<ucontext_t> fibers_;
-  std::vector<std::vector<char>> stacks_;
-  std::vector<int> order_;
-  std::mt19937 random_{1};
 };
+
+inline Block& Block::current() { return Cluster::running()->block(); }
+
+inline void Block::meet(Meeting& meeting, const std::function<void()>& work) {
+  const long round = meeting.round;
+  if (++meeting.arrived == meeting.size) {
+    work();
+    meeting.arrived = 0;
+    ++meeting.round;
+    cluster.progress = true;
+    return;
+  }
+  while (meeting.round == round) cluster.yield();
+}
 
 inline char* emulated_shared() { return Block::current().shared(); }
 
 inline void copy_async(void* shared, const void* global, bool inside) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) std::abort();
-  Block::current().groups().back().push_back({shared, global, inside});
+  Block::current().groups().back().push_back({shared, global, 16, inside});
 }
 inline void commit_group() { Block::current().groups().emplace_back(); }
 inline void wait_groups(int pending) {
   auto& groups = Block::current().groups();
   while (static_cast<int>(groups.size()) - 1 > pending) {
-    for (const auto& copy : groups.front()) {
-      if (copy.inside) std::memcpy(copy.to, copy.from, 16);
-      else std::memset(copy.to, 0, 16);
-    }
+    for (const Copy& copy : groups.front()) copy.land();
     groups.pop_front();
   }
 }
@@ -232,13 +266,66 @@ inline uint32_t to_tf32(float value) {
   return (bits + 0x1000u) & 0xffffe000u;
 }
 
-template <class... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, cudaStream_t, const Parameters&... arguments) {
-  emulated_block_size.x = threads;
-  for (unsigned b = 0; b < blocks.x; ++b) {
-    emulated_block.x = b;
-    Block::current().run(threads, bytes, [&] { kernel(arguments...); });
+// --- what sm_90 adds: see cluster.cuh --------------------------------------------------------------------------------------
+
+inline void start(uint64_t* barrier) { Block::current().landings[barrier] = Landing{}; }
+inline void before_bulk_copies() {}
+inline Landing& landing(uint64_t* barrier) {
+  const auto found = Block::current().landings.find(barrier);
+  if (found == Block::current().landings.end()) std::abort();  // nobody has started it
+  return found->second;
+}
+inline void announce(uint64_t* barrier, int bytes) {
+  landing(barrier).announced = bytes;
+  Block::current().cluster.progress = true;
+}
+inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16 || bytes <= 0) std::abort();
+  landing(barrier).copies.push_back({shared, global, bytes, true});
+  Block::current().cluster.progress = true;
+}
+inline void wait(uint64_t* barrier, int phase) {
+  for (Landing& state = landing(barrier); state.phase == phase;) {
+    int bytes = 0;
+    for (const Copy& copy : state.copies) bytes += copy.bytes;
+    if (state.announced && bytes == state.announced) {
+      for (const Copy& copy : state.copies) copy.land();
+      state = Landing{1 - phase, 0, {}};
+      Block::current().cluster.progress = true;
+    } else {
+      Block::current().cluster.yield();
+    }
   }
+}
+inline void prefetch(const void* global) { (void)*static_cast<const volatile char*>(global); }
+
+inline int cluster_rank() { return Block::current().rank; }
+inline void cluster_arrive() {
+  Block& block = Block::current();
+  Meeting& meeting = block.cluster.meeting;
+  block.lane().round = meeting.round;
+  if (++meeting.arrived < meeting.size) return;
+  meeting.arrived = 0;
+  ++meeting.round;
+  block.cluster.progress = true;
+}
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
+inline void cluster_wait() {
+  Block& block = Block::current();
+  while (block.cluster.meeting.round == block.lane().round) block.cluster.yield();
+}
+inline float load_from(const float* shared, int rank) {
+  Block& block = Block::current();
+  const ptrdiff_t at = reinterpret_cast<const char*>(shared) - block.shared();
+  float value;
+  std::memcpy(&value, block.cluster.blocks.at(rank)->shared() + at, 4);
+  return value;
+}
+
+template <class... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, cudaStream_t, int cluster, const Parameters&... arguments) {
+  emulated_block_size.x = threads;
+  for (unsigned first = 0; first < blocks.x; first += cluster) Cluster(cluster, threads, bytes).run(first, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
 
@@ -249,26 +336,48 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int 
 #define blockDim ev::emulated_block_size
 
 inline void __syncthreads() {
-  ev::Block::current().meet_all([] {});
+  ev::Block& block = ev::Block::current();
+  block.meet(block.all, [] {});
 }
 inline int __syncthreads_or(int predicate) {
   ev::Block& block = ev::Block::current();
   block.lane().predicate = predicate;
-  block.meet_all([&] {
+  block.meet(block.all, [&] {
     int any = 0;
-    for (auto& lane : block.lanes()) any |= lane.predicate;
-    for (auto& lane : block.lanes()) lane.predicate = any;
+    for (auto& lane : block.lanes) any |= lane.predicate;
+    for (auto& lane : block.lanes) lane.predicate = any;
   });
   return block.lane().predicate;
 }
-inline float __shfl_xor_sync(unsigned, float value, int distance) {
+inline void __syncwarp() {
+  ev::Block::current().meet_warp([](ev::Lane*) {});
+}
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  ev::Block& block = ev::Block::current();
+  block.lane().predicate = predicate != 0;
+  block.meet_warp([](ev::Lane* lanes) {
+    unsigned votes = 0;
+    for (int l = 0; l < 32; ++l) votes |= static_cast<unsigned>(lanes[l].predicate) << l;
+    for (int l = 0; l < 32; ++l) lanes[l].out[0] = votes;
+  });
+  return block.lane().out[0];
+}
+inline float emulated_shuffle(float value, int from) {
   ev::Block& block = ev::Block::current();
   block.lane().value = value;
-  block.lane().distance = distance;
+  block.lane().other = from;
   block.meet_warp([](ev::Lane* lanes) {
-    for (int l = 0; l < 32; ++l) lanes[l].received = lanes[l ^ lanes[l].distance].value;
+    for (int l = 0; l < 32; ++l) lanes[l].received = lanes[lanes[l].other].value;
   });
   return block.lane().received;
+}
+inline float __shfl_xor_sync(unsigned, float value, int distance) { return emulated_shuffle(value, static_cast<int>(ev::emulated_thread.x % 32) ^ distance); }
+inline int __shfl_sync(unsigned, int value, int lane) {
+  float bits;
+  std::memcpy(&bits, &value, 4);
+  bits = emulated_shuffle(bits, lane);
+  std::memcpy(&value, &bits, 4);
+  return value;
 }
 inline float __uint_as_float(uint32_t bits) {
   float value;

@@ -1,0 +1,97 @@
+"""The CUDA kernels' logic without a GPU: compiled as C++ and run on the emulator in tests/emulator, thread by thread."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DTYPES, Case
+
+ROOT = Path(__file__).parent.parent
+SHARED = 227 * 1024  # bytes a block can have on sm_90
+NO_KERNEL = -1
+
+
+class _Table(ctypes.Structure):
+    _names = ("delta", "gate", "gate_threshold", "rule_concept", "rule_bounds", "rule_solve")
+    _fields_ = [(name, ctypes.c_void_p) for name in _names] + [("rows", ctypes.c_int64), ("rules", ctypes.c_int64)]
+
+
+class _Args(ctypes.Structure):
+    """``ev_args`` of kernels/api.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("n", "d", "k", "k_padded")),
+        *((name, ctypes.c_int32) for name in ("dtype", "reader_dtype")),
+        ("x", ctypes.c_void_p),
+        ("x_stride", ctypes.c_int64),
+        ("residual", ctypes.c_void_p),
+        ("residual_stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("readers", "directions", "mean", "inv_std", "row")),
+        ("table", _Table),
+        ("scores", ctypes.c_void_p),
+        ("scores_stride", ctypes.c_int64),
+        ("sqnorm", ctypes.c_void_p),
+    ]
+
+
+def cuda_headers() -> Path | None:
+    """The toolkit's headers, which plain C++ can read: nvcc says where they are."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    for word in dry_run.replace('"', " ").split():
+        if word.startswith("-I") and (Path(word[2:]) / "cuda_runtime.h").exists():
+            return Path(word[2:])
+    return None
+
+
+@cache
+def build() -> Callable[..., int]:
+    """``run(case, multiprocessors=132, shared=SHARED, cluster=0)``: the portable kernel, or with ``cluster`` > 0 the decode kernel
+    on a GPU that has clusters of that many blocks. Returns 0, or NO_KERNEL where the decode kernel cannot run the call."""
+    headers, compiler = cuda_headers(), shutil.which("c++")
+    if headers is None or compiler is None:
+        pytest.skip("no CUDA headers or no C++ compiler")
+    library = Path(tempfile.mkdtemp(prefix="emovec-emulator-")) / "emulator.so"
+    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-Wno-attributes", "-DEV_EMULATE"]
+    includes = ["-I", ROOT / "tests/emulator", "-isystem", headers]
+    sources = [ROOT / "tests/emulator/emulator.cpp", *(ROOT / "kernels/cuda" / name for name in ("portable.cu", "decode_sm90.cu"))]
+    subprocess.run([compiler, *options, *includes, "-x", "c++", *sources, "-o", library], check=True)
+    function = ctypes.CDLL(str(library)).ev_emulated_apply
+    shutil.rmtree(library.parent)  # it stays loaded
+
+    def run(case: Case, multiprocessors: int = 132, shared: int = SHARED, cluster: int = 0) -> int:
+        o = case.operands
+        concepts, width = o.directions.shape
+        readers = torch.zeros(concepts + -concepts % 16, width, dtype=case.x.dtype)  # as they are packed for a GPU
+        readers[:concepts] = o.readers_unpacked().to(case.x.dtype)
+        a = _Args(n=len(case.x), d=width, k=concepts, k_padded=len(readers), x_stride=case.x.stride(0), x=case.x.data_ptr())
+        a.dtype = a.reader_dtype = DTYPES.index(case.x.dtype)
+        a.readers, a.directions = readers.data_ptr(), o.directions.data_ptr()
+        a.mean, a.inv_std = o.mean.data_ptr(), o.inv_std.data_ptr()
+        if case.residual is not None:
+            a.residual, a.residual_stride = case.residual.data_ptr(), case.residual.stride(0)
+        if case.row is not None:
+            a.row = case.row.data_ptr()
+        if case.table is not None:
+            for name, tensor in zip(_Table._names, case.table.tensors(), strict=True):
+                setattr(a.table, name, tensor.data_ptr())
+            a.table.rows, a.table.rules = case.table.rule_concept.shape
+        if case.scores is not None:
+            a.scores, a.scores_stride = case.scores.data_ptr(), case.scores.stride(0)
+        if case.sqnorm is not None:
+            a.sqnorm = case.sqnorm.data_ptr()
+        result = function(ctypes.byref(a), multiprocessors, shared, cluster)
+        assert result in (0, NO_KERNEL)
+        return int(result)
+
+    return run
