@@ -27,13 +27,21 @@ from emovec.tracking import Span, Tracker
 class Watch(Protocol):
     """A guard at work on one probe; ``emovec.guard.Guard.bind`` makes it."""
 
-    layers: tuple[int, ...]
-    """The layers whose scores it needs."""
-    steers: tuple[Steering, ...]
-    """What it may lay over a sequence's steering."""
-    overlaid: Mapping[int, int]
-    """Sequence -> which of ``steers`` it has now."""
-    events: Sequence[Any]
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose scores it needs."""
+
+    @property
+    def steers(self) -> tuple[Steering, ...]:
+        """What it may lay over a sequence's steering."""
+
+    @property
+    def overlaid(self) -> Mapping[int, int]:
+        """Sequence -> which of ``steers`` it has now."""
+
+    @property
+    def events(self) -> Sequence[Any]:
+        """What it did in the latest batch."""
 
     def see(self, span: Span, scores: Mapping[int, Tensor]) -> None:
         """After a forward pass, with its scores [batch * width, K] at the layers."""
@@ -86,6 +94,8 @@ def attach(
     """
     if not isinstance(bank, Bank):
         raise TypeError(f"bank must be a Bank, got {shown(bank)}; for one layer use emovec.Hook")
+    if guard is not None and not hasattr(guard, "bind"):
+        raise TypeError(f"guard must be a Guard, got {shown(guard)}; wrap thresholds in emovec.Guard(...)")
     blocks = _blocks(model, bank, tokenizer, force)
     values = parsed(steer, bank.names, profiles)
     watch = None if guard is None else guard.bind(bank, tokenizer)

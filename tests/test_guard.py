@@ -19,7 +19,7 @@ PROMPTS = [tiny.tokens(1, length, seed=length)[0] for length in (6, 4, 9)]
 
 
 def ignore(event):
-    """An action that does nothing."""
+    """Do nothing."""
 
 
 def readings(steer=None, prompts=PROMPTS):
@@ -83,8 +83,7 @@ def test_smoothing_is_that_of_readings():
     smooth = plain[0].smooth(4).of("afraid")
     above = float(smooth[3:].max()) - 1e-3
     position = 3 + int(smooth[3:].argmax())
-    if smooth[1:3].max() > above:
-        pytest.fail("the case needs a peak after the third token")
+    assert smooth[1:3].max() < above, "the case needs a peak after the third token"
     _, probe = guarded(Threshold("afraid", above, ignore, halflife=4, hold=1), prompts=PROMPTS[:1])
     (event,) = probe.events
     assert event == GuardEvent(0, position, plain[0].kind[position], "afraid", event.value, above, 2, "callback")
@@ -378,6 +377,8 @@ def test_guards_are_made_of_thresholds():
         Guard()
     with pytest.raises(TypeError, match="a guard is made of thresholds, got 'calm'"):
         Guard("calm")
+    with pytest.raises(TypeError, match="guard must be a Guard, got Threshold"):
+        attach(tiny.model(), tiny.bank(), guard=Threshold("calm", 1))
     assert repr(Guard(Threshold({"calm": -1, "High": 0.5}, 2))) == "Guard(- calm + 0.5 High > 2)"
 
 
