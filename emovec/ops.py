@@ -6,7 +6,7 @@ Nothing here knows what a bank, a model or a request is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,8 +91,11 @@ class Operands:
         return unpack(self.readers, *self.directions.shape).float()
 
     def operands(self, device: torch.device, dtype: torch.dtype) -> Operands:
-        _require(self.directions.device == device, f"operands are on {self.directions.device}, x is on {device}")
-        _require(self.directions.dtype == dtype, f"operands are for {self.directions.dtype}, x is {dtype}")
+        # On the path of every call, so no message is made unless it is needed.
+        if self.directions.device != device:
+            raise ValueError(f"operands are on {self.directions.device}, x is on {device}")
+        if self.directions.dtype != dtype:
+            raise ValueError(f"operands are for {self.directions.dtype}, x is {dtype}")
         return self
 
 
@@ -245,7 +248,7 @@ class Table:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The table's tensors in the order of the op's arguments."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+        return (self.delta, self.gate, self.gate_threshold, self.rule_concept, self.rule_bounds, self.rule_solve)
 
 
 # --- the op -------------------------------------------------------------------------------------------------------

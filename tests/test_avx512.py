@@ -29,7 +29,17 @@ def test_avx512_forms_emulated(tmp_path: Path) -> None:
     settings = ["-DEMOVEC_EMULATE_AVX512=ON", "-DEMOVEC_CUDA=OFF", f"-DEMOVEC_OUTPUT={package}", f"-DPython_EXECUTABLE={sys.executable}"]
     subprocess.run([*build, *settings], check=True, capture_output=True)
     subprocess.run(["cmake", "--build", str(tmp_path / "build")], check=True, capture_output=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "cpu_avx512 or cpu_amx", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_ops.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-k",
+        "cpu_avx512 or cpu_amx",
+        "-p",
+        "no:cacheprovider",
+        str(ROOT / "tests" / "test_ops.py"),
+    ]
     run = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
     passed = re.search(r"(\d+) passed", run.stdout)
