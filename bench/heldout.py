@@ -1,0 +1,331 @@
+"""Do directions carry over to topics, and to a register, they were not made from? `python bench/heldout.py`
+
+For every layer: made from all topics of the stories but two and all premises of the messages but one, and tested on those, five
+times, so that every text is tested once. A text is given to the concept that reads highest on its mean activation, scores centred
+within its topic. Activations are computed once; of each text its means at all layers are kept. Beside each figure stands what
+chance, shuffled labels and layer 0 (hardly more than the words) give. Then the same with stories alone: tested on other topics,
+and on chat messages, a register that nothing was made from.
+
+Writes bench/results/heldout.json and the tables of docs/extraction.md; with `--tables` the tables alone, from the results there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import provenance
+import torch
+from torch import Tensor
+
+from emovec.extraction import corpus
+from emovec.extraction.blocks import Blocks
+from emovec.extraction.recipe import Derived, Recipe, derive
+from emovec.extraction.sums import NeutralMoments, story_means
+from emovec.extraction.tokens import Batch, Tokens, batches, dialogue_tokens, story_tokens
+from emovec.models import load_model, residual_width
+
+PAGE = Path(__file__).parent.parent / "docs" / "extraction.md"
+MODEL = "smollm2-135m-instruct"
+RECIPE = Recipe(skip_share=0.33)  # that of the shipped bank
+SHOWN = (0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 29)  # layers in the page's table; all are in the results
+PERCENT = ("top1", "top5", "family")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Stories or messages by their activations.
+
+    Attributes:
+        means: [N, L, d] in fp32, the mean over each text's used tokens.
+        labels: [N], its concept.
+        topics: [N], its topic's index.
+    """
+
+    means: Tensor
+    labels: Tensor
+    topics: Tensor
+
+    def where(self, chosen: Tensor) -> Texts:
+        return Texts(self.means[chosen], self.labels[chosen], self.topics[chosen])
+
+    def among(self, topics: Sequence[int]) -> Tensor:
+        return torch.isin(self.topics, torch.tensor(topics))
+
+    def __add__(self, other: Texts) -> Texts:
+        pairs = [(getattr(self, name), getattr(other, name)) for name in ("means", "labels", "topics")]
+        return Texts(*(torch.cat(pair) for pair in pairs))
+
+
+@dataclass(frozen=True)
+class Study:
+    """All there is to train and test on. The messages once as they stand, and once as users' turns in the chat template, to test on."""
+
+    stories: Texts
+    messages: Texts
+    turns: Texts
+    neutral: Tensor
+    """[L, d, d], the covariance of neutral text."""
+
+
+# --- activations ----------------------------------------------------------------------------------------------------------
+
+
+def study(device: str | None) -> Study:
+    """Run the model over all texts once."""
+    model, tokenizer = load_model(MODEL, device=device)
+    blocks = Blocks(model)
+    stories, messages, turns = (
+        texts(blocks, tokenizer, file, chat=chat)
+        for file, chat in (("stories.jsonl", False), ("messages.jsonl", False), ("messages.jsonl", True))
+    )
+    about = {layer: stories.means[:, layer].double().mean(0).to(blocks.device) for layer in blocks.layers}
+    neutral = NeutralMoments(residual_width(model), blocks.layers, about, dialogues=RECIPE.denoise == "dialogues")
+    with blocks.shown_to(neutral.see):
+        for batch in batches((dialogue_tokens(tokenizer, said) for said in corpus.dialogues(corpus.shipped("neutral.jsonl"))()), 2048):
+            neutral.take(batch)
+            blocks.run(batch)
+    return Study(stories, messages, turns, torch.stack([neutral.covariance(layer).cpu() for layer in blocks.layers]))
+
+
+def texts(blocks: Blocks, tokenizer: Any, file: str, *, chat: bool) -> Texts:
+    found = list(corpus.stories(corpus.shipped(file))())
+    names, topics = corpus.emotions(), sorted({story.topic for story in found})
+    tokens = [
+        story_tokens(tokenizer, story.text, skip=RECIPE.skip, share=RECIPE.skip_share, chat=chat, label=number)
+        for number, story in enumerate(found)
+    ]
+    labels = torch.tensor([names.index(story.emotion) for story in found])
+    return Texts(means(blocks, tokens), labels, torch.tensor([topics.index(story.topic) for story in found]))
+
+
+def means(blocks: Blocks, tokens: Iterable[Tokens]) -> Tensor:
+    """[N, L, d]; each text's label is its row."""
+    rows: list[tuple[Tensor, Tensor]] = []
+    seen: list[Tensor] = []
+    current: list[Batch] = []
+    with blocks.shown_to(lambda layer, hidden: seen.append(story_means(hidden, current[0]).float().cpu())):
+        for batch in batches(tokens, 2048):
+            current[:] = [batch.to(blocks.device)]
+            blocks.run(batch)
+            rows.append((batch.labels, torch.stack(seen, 1)))
+            seen.clear()
+    labels, found = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    return found[labels.argsort()]
+
+
+# --- figures --------------------------------------------------------------------------------------------------------------
+
+
+def made_from(train: Texts, layer: int, neutral: Tensor, recipe: Recipe = RECIPE) -> Derived:
+    """Directions and readers of one layer, by the recipe that makes banks."""
+    rows = train.means[:, layer].double()
+    member = torch.nn.functional.one_hot(train.labels, len(corpus.emotions())).double()
+    return derive(recipe, member.T @ rows, member.sum(0), rows.T @ rows, neutral[layer])
+
+
+def accuracy(onto: Tensor, test: Texts, layer: int, about: Tensor | None = None) -> Tensor:
+    """Top-1, top-5 and family accuracy [3] of readers ``onto`` [K, d], centred within topics or ``about`` a mean [d]."""
+    rows = test.means[:, layer].double()
+    scores = (rows if about is None else rows - about) @ onto.T
+    if about is None:
+        for topic in test.topics.unique():
+            here = test.topics == topic
+            scores[here] -= scores[here].mean(0)
+    order = scores.argsort(1, descending=True)
+    hits = order == test.labels[:, None]
+    families = family_of_each()
+    found = (hits[:, 0], hits[:, :5].any(1), families[order[:, 0]] == families[test.labels])
+    return torch.stack([hit.double().mean() for hit in found])
+
+
+def family_of_each() -> Tensor:
+    """[K], the index of each concept's family."""
+    families = list(corpus.families().values())
+    return torch.tensor([next(index for index, members in enumerate(families) if name in members) for name in corpus.emotions()])
+
+
+def folds(data: Study) -> list[tuple[Tensor, Tensor]]:
+    """Which stories and which messages are held out: two topics and one premise at a time."""
+    return [(data.stories.among([2 * fold, 2 * fold + 1]), data.messages.among([fold])) for fold in range(5)]
+
+
+def both(derived: Derived, test: Texts, layer: int, *, centred: bool = True) -> dict[str, Tensor]:
+    assert derived.readers is not None
+    about = None if centred else derived.grand_mean
+    return {which: accuracy(getattr(derived, which), test, layer, about) for which in ("directions", "readers")}
+
+
+def summary(found: Sequence[Tensor]) -> dict[str, Any]:
+    """Mean over the folds, and their lowest and highest top-1."""
+    stacked = torch.stack(list(found))
+    result: dict[str, Any] = {key: round(value, 4) for key, value in zip(PERCENT, stacked.mean(0).tolist(), strict=True)}
+    return result | {"top1_range": [round(float(stacked[:, 0].min()), 4), round(float(stacked[:, 0].max()), 4)]}
+
+
+def heldout(
+    data: Study,
+    layer: int,
+    made_of: Sequence[str] = ("stories", "messages"),
+    recipe: Recipe = RECIPE,
+    *,
+    shuffled: bool = False,
+    centred: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Accuracy on held-out stories and messages (as users' turns), of directions and of readers, by fold and then summed up."""
+    found: dict[str, dict[str, list[Tensor]]] = {}
+    for fold, (stories, messages) in enumerate(folds(data)):
+        parts = {"stories": data.stories.where(~stories), "messages": data.messages.where(~messages)}
+        if shuffled:
+            parts = {name: within_topics(part, seed=fold) for name, part in parts.items()}
+        train = parts[made_of[0]]
+        for name in made_of[1:]:
+            train = train + parts[name]
+        derived = made_from(train, layer, data.neutral, recipe)
+        for name, test in (("stories", data.stories.where(stories)), ("messages", data.turns.where(messages))):
+            for which, value in both(derived, test, layer, centred=centred).items():
+                found.setdefault(name, {}).setdefault(which, []).append(value)
+    return {name: {which: summary(values) for which, values in kinds.items()} for name, kinds in found.items()}
+
+
+def within_topics(train: Texts, seed: int) -> Texts:
+    """The same texts, labels shuffled within each topic."""
+    generator, labels = torch.Generator().manual_seed(seed), train.labels.clone()
+    for topic in train.topics.unique():
+        here = (train.topics == topic).nonzero()[:, 0]
+        labels[here] = labels[here[torch.randperm(len(here), generator=generator)]]
+    return replace(train, labels=labels)
+
+
+def learning(data: Study, layer: int) -> list[dict[str, Any]]:
+    """The last two topics as read by what was made from the first two, four, six and all eight others."""
+    test = data.stories.where(data.stories.among([8, 9]))
+    rows = []
+    for count in (2, 4, 6, 8):
+        derived = made_from(data.stories.where(data.stories.among(list(range(count)))), layer, data.neutral)
+        rows.append({"topics": count} | {which: summary([value]) for which, value in both(derived, test, layer).items()})
+    return rows
+
+
+def variants(data: Study, layer: int) -> dict[str, Any]:
+    """Other recipes at one layer."""
+    changed = {
+        "as shipped": RECIPE,
+        "without denoising": replace(RECIPE, denoise=None),
+        "shrinkage 0.1": replace(RECIPE, shrinkage=0.1),
+        "shrinkage 0.3": replace(RECIPE, shrinkage=0.3),
+        "shrinkage 0.7": replace(RECIPE, shrinkage=0.7),
+        "shrinkage 0.9": replace(RECIPE, shrinkage=0.9),
+    }
+    found = {name: heldout(data, layer, recipe=recipe) for name, recipe in changed.items()}
+    return found | {"as shipped, not centred within topics": heldout(data, layer, centred=False)}
+
+
+def best(layers: Sequence[dict[str, Any]]) -> int:
+    """The layer to read at: readers and directions on both registers count alike."""
+
+    def mean(row: dict[str, Any]) -> float:
+        return sum(row["both"][test][which]["top1"] for test in ("stories", "messages") for which in ("directions", "readers")) / 4
+
+    return int(max(layers, key=mean)["layer"])
+
+
+def measured(data: Study) -> dict[str, Any]:
+    layers = []
+    for layer in range(data.stories.means.shape[1]):
+        layers.append({"layer": layer, "both": heldout(data, layer), "stories_only": heldout(data, layer, ("stories",))})
+        found = layers[-1]["both"]["stories"]
+        print(f"layer {layer:2}: directions {found['directions']['top1']:.3f}, readers {found['readers']['top1']:.3f}", flush=True)
+    chosen = best(layers)
+    families = torch.bincount(family_of_each()).double() / len(corpus.emotions())
+    return {
+        "model": MODEL,
+        "recipe": RECIPE.to_dict(),
+        "texts": {"stories": len(data.stories.labels), "messages": len(data.messages.labels), "folds": len(folds(data))},
+        "chance": {"top1": round(1 / 171, 4), "top5": round(5 / 171, 4), "family": round(float((families**2).sum()), 4)},
+        "chosen": {"layer": chosen, "rule": "highest top-1, mean of directions and readers on held-out stories and held-out messages"},
+        "layers": layers,
+        "shuffled": heldout(data, chosen, shuffled=True),
+        "messages_only": heldout(data, chosen, ("messages",)),
+        "learning": learning(data, chosen),
+        "variants": variants(data, chosen),
+    }
+
+
+# --- the page -------------------------------------------------------------------------------------------------------------
+
+
+def tables(results: dict[str, Any], machine: str) -> dict[str, str]:
+    """The tables of docs/extraction.md by name."""
+    chosen = results["chosen"]["layer"]
+
+    def three(found: dict[str, Any]) -> str:
+        return " / ".join(f"{found[key]:.2f}" for key in PERCENT)
+
+    def row(name: str, found: dict[str, dict[str, Any]]) -> str:
+        cells = [three(found[test][which]) for test in ("stories", "messages") for which in ("directions", "readers")]
+        return f"| {name} | {' | '.join(cells)} |"
+
+    def table(first: str, rows: Iterable[str]) -> list[str]:
+        head = f"| {first} | stories: directions | stories: readers | messages: directions | messages: readers |"
+        return [head, "|---|---|---|---|---|", *rows]
+
+    def name(layer: int) -> str:
+        return f"**{layer}**" if layer == chosen else "0 (hardly more than the words)" if layer == 0 else str(layer)
+
+    shown = [found for found in results["layers"] if found["layer"] in {*SHOWN, chosen}]
+    chance = " / ".join(f"{results['chance'][key]:.3f}" for key in PERCENT)
+    others = [row("shuffled labels", results["shuffled"]), f"| chance | {' | '.join([chance] * 4)} |"]
+    parts = {
+        "layers": table("layer", [*(row(name(found["layer"]), found["both"]) for found in shown), *others]),
+        "registers": table(
+            "made from",
+            [
+                row("stories and messages", results["layers"][chosen]["both"]),
+                row("stories", results["layers"][chosen]["stories_only"]),
+                row("messages", results["messages_only"]),
+                row("stories, layer 0", results["layers"][0]["stories_only"]),
+            ],
+        ),
+        "variants": table("recipe", [row(name, found) for name, found in results["variants"].items()]),
+        "learning": [
+            "| topics | directions | readers |",
+            "|---|---|---|",
+            *(f"| {found['topics']} | {three(found['directions'])} | {three(found['readers'])} |" for found in results["learning"]),
+        ],
+    }
+    source = f"Top-1 / top-5 / family. Measured by `python bench/heldout.py` on {machine}; more in bench/results/heldout.json."
+    return {key: "\n".join([*lines, "", source]) for key, lines in parts.items()}
+
+
+def written(page: str, found: dict[str, str]) -> str:
+    """The page with each table between its markers."""
+    for name, table in found.items():
+        pattern = rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)"
+        page, count = re.subn(pattern, lambda match, table=table: match[1] + table + match[2], page, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{PAGE} has {count} places for the table {name!r}")
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", action="store_true", help="write the page's tables from the results there are")
+    parser.add_argument("--device")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if not options.tables:
+        provenance.write("heldout", measured(study(options.device)))
+    found = provenance.read("heldout")
+    new = tables(found["results"], found["provenance"]["name"])
+    print("\n\n".join(new.values()))
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), new), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What docs/extraction.md and the shipped bank claim is what the committed results say."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from banks import run_examples
+
+from emovec.bank import load_bank
+from emovec.extraction import corpus
+
+ROOT = Path(__file__).parents[1]
+NAME = "smollm2-135m-instruct"
+
+
+@pytest.fixture
+def heldout(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    yield __import__("heldout")
+    for name in ("heldout", "provenance"):
+        sys.modules.pop(name, None)
+
+
+def test_the_tables_are_those_of_the_results(heldout: Any) -> None:
+    found = heldout.provenance.read("heldout")
+    page = heldout.PAGE.read_text(encoding="utf-8")
+    assert heldout.written(page, heldout.tables(found["results"], found["provenance"]["name"])) == page
+
+
+def test_a_page_without_a_place_for_a_table(heldout: Any) -> None:
+    with pytest.raises(ValueError, match="0 places for the table 'layers'"):
+        heldout.written("no markers", {"layers": "| a |"})
+
+
+def test_the_shipped_bank_is_read_where_the_results_say(heldout: Any) -> None:
+    results = heldout.provenance.read("heldout")["results"]
+    bank = load_bank(NAME)
+    assert bank.read_layer == results["chosen"]["layer"]
+    assert bank.meta["evidence"]["results"]["chosen"] == results["chosen"]
+    recipe = {key: value for key, value in bank.meta["recipe"].items() if key != "neutral_components"}
+    assert recipe == results["recipe"]
+    read = next(row for row in results["layers"] if row["layer"] == bank.read_layer)["both"]
+    for register in ("stories", "messages"):
+        assert read[register]["readers"]["top1"] > 10 * results["shuffled"][register]["readers"]["top1"]
+        assert read[register]["readers"]["top1"] > results["layers"][0]["both"][register]["readers"]["top1"]
+
+
+def test_the_shipped_bank_is_complete_and_small() -> None:
+    bank = load_bank(NAME)
+    assert list(bank.names) == corpus.emotions()
+    assert {family: list(members) for family, members in bank.families.items()} == corpus.families()
+    assert bank.meta["model"] == NAME
+    assert all(layer.calibrated and not layer.uncalibrated and layer.random_null is not None for layer in bank.values())
+    assert all(set(layer.baselines) == {"prompt", "turn_start", "generated"} for layer in bank.values())
+    assert (ROOT / f"emovec/data/banks/{NAME}.safetensors").stat().st_size < 6e6
+
+
+@pytest.mark.slow
+def test_the_shipped_bank_is_of_the_packaged_model() -> None:
+    from emovec.models import load_model
+
+    bank = load_bank(NAME)
+    model, tokenizer = load_model(NAME, dtype=torch.float32)
+    bank.check(model, tokenizer)
+
+
+@pytest.mark.slow
+def test_the_page_examples() -> None:
+    run_examples("extraction.md")
