@@ -37,10 +37,9 @@ def test_agrees_with_the_reference(emulate: Callable[..., int], dtype: torch.dty
         case.check()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_cluster(emulate: Callable[..., int], dtype: torch.dtype) -> None:
+def test_every_cluster(emulate: Callable[..., int]) -> None:
     for cluster in (4, 8, 16):
-        case = make(5, 2048, 33, dtype, seed=2, residual=True)
+        case = make(5, 2048, 16, torch.bfloat16, seed=2, residual=True)
         assert emulate(case, cluster=cluster) == 0
         case.check()
 
@@ -54,12 +53,16 @@ def test_256_concepts_and_sixteen_rules(emulate: Callable[..., int]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_slices_that_do_not_fit(emulate: Callable[..., int], dtype: torch.dtype) -> None:
     """Little shared memory: the readers go round a ring of two slots."""
-    case = make(3, 4096, 16, dtype, seed=4)
-    assert emulate(case, cluster=4, shared=64 * 1024) == 0
+    case = make(3, 2048, 16, dtype, seed=4)
+    assert emulate(case, cluster=4, shared=30 * 1024) == 0
     case.check()
-    wide = make(2, 16384, 171, dtype, seed=4)
-    assert emulate(wide, cluster=16) == 0
-    wide.check()
+
+
+@pytest.mark.slow
+def test_the_widest_model(emulate: Callable[..., int]) -> None:
+    case = make(2, 16384, 171, torch.bfloat16, seed=4)
+    assert emulate(case, cluster=16) == 0
+    case.check()
 
 
 def test_a_token_does_not_depend_on_the_batch(emulate: Callable[..., int]) -> None:

@@ -36,8 +36,8 @@ cudaError_t describe(ev::Device& device) {
   return cudaSuccess;
 }
 
-// Up to this many tokens a cluster of blocks is faster than a block.
-enum : int { kDecodeTokens = 64 };
+// Up to about this many tokens clusters of blocks are faster than a block for each tile.
+enum : int { kDecodeTokens = 512 };
 
 int32_t fastest(const ev_args& a, const ev::Device& device) {
   return a.n <= kDecodeTokens && ev::decode_sm90_runs(a, device) ? EV_CUDA_DECODE_SM90 : EV_CUDA_PORTABLE;

@@ -14,12 +14,12 @@
 //                        the bulk copies of that slice have landed (tokens_landed); nobody else touches it
 //   readers, tokens      bulk copies; seen after their barrier. A slot is filled again after its warp has read it
 //   partial              each value by one thread of its own block; read by the cluster after the first meeting; nobody
-//                        leaves or writes it again before the second, which
-//                        comes after every read value has been used
+//                        leaves before the second, to which a thread comes when it has used what it read
 //   wanted, coefficients by a token's half-warp, for that warp
 #include <cuda_runtime.h>
 
 #include "cluster.cuh"
+#include "decode_layout.h"
 #include "forms.h"
 #include "launch.cuh"
 #include "steering.cuh"
@@ -28,30 +28,10 @@ namespace ev {
 namespace {
 
 enum : int {
-  kTokens = 16,
   kTokenWarps = kTokens / 2,
-  kReaderRows = 16,
-  kReaderWarps = 16,  // at most: 256 concepts
   kThreads = (kReaderWarps + kTokenWarps) * 32,
-  kChains = 4,  // independent sums of products, so that they overlap; short, because tensor cores truncate what they add
-  kStep = 16,   // columns of one product
-  kLargestCluster = 16,
-  kSmallestCluster = 4,
-  kSmallestSlice = 128,  // columns
-  kChunk = 256,
-  kSmallChunk = 128,
-  kSize = 2,     // bytes of an element
+  kChains = 4,   // independent sums of products, so that they overlap; short, because tensor cores truncate what they add
   kVectors = 2,  // of 16 bytes, that a thread steers at a time
-};
-
-// Where things lie in dynamic shared memory, and how the work is cut.
-struct Layout {
-  int ranks, slice;          // blocks of a cluster, columns of a block
-  int chunk, slots;          // columns of one bulk copy, chunks that a warp holds
-  int row_bytes, token_bytes;  // pitches; 16 bytes more than multiples of 32, so that ldmatrix meets no bank conflict
-  int pitch;                 // of `partial` in floats: the concepts, then the squared norm
-  int ring, tokens, residual, partial, wanted, coefficients;  // byte offsets
-  int bytes;
 };
 
 // A token's projections, as `p[concept]`.
@@ -72,7 +52,7 @@ struct Projections {
 template <class T>
 class Decode {
  public:
-  __device__ __forceinline__ Decode(const ev_args& a, const Layout& layout, char* shared)
+  __device__ __forceinline__ Decode(const ev_args& a, const DecodeLayout& layout, char* shared)
       : a(a),
         layout(layout),
         warp(threadIdx.x / 32),
@@ -80,7 +60,7 @@ class Decode {
         reader_warps(static_cast<int>(a.k_padded) / kReaderRows),
         rank(cluster_rank()),
         first(static_cast<int64_t>(blockIdx.x / layout.ranks) * kTokens),
-        count(static_cast<int>(a.n - first < kTokens ? a.n - first : kTokens)),
+        count(a.n - first < kTokens ? static_cast<int>(a.n - first) : static_cast<int>(kTokens)),
         column(static_cast<int64_t>(rank) * layout.slice),
         tokens_landed(reinterpret_cast<Barrier*>(shared)),
         chunk_landed(tokens_landed + 1 + warp * layout.slots),
@@ -185,12 +165,10 @@ class Decode {
       }
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = half * 8 + lane % 4 * 2 + i % 2, concept = warp * kReaderRows + lane / 4 + i / 2 * 8;
-        partial[token * layout.pitch + concept] = (acc[0][half][i] + acc[1][half][i]) + (acc[2][half][i] + acc[3][half][i]);
-      }
+    for (int i = 0; i < 8; ++i) {
+      const auto part = [&](int chain) { return acc[chain][i / 4][i % 4]; };
+      const int token = i / 4 * 8 + lane % 4 * 2 + i % 2, concept = warp * kReaderRows + lane / 4 + i / 2 % 2 * 8;
+      partial[token * layout.pitch + concept] = (part(0) + part(1)) + (part(2) + part(3));
     }
   }
 
@@ -317,7 +295,7 @@ class Decode {
   }
 
   const ev_args& a;
-  const Layout& layout;
+  const DecodeLayout& layout;
   const int warp, lane, reader_warps, rank;
   const int64_t first;  // of the cluster's tokens
   const int count;
@@ -326,54 +304,19 @@ class Decode {
   Barrier* const chunk_landed;  // one for each slot of the warp's ring
   char* const ring;
   char* const tokens;
-  char* const residual;        // or null
-  float* const partial;        // [kTokens, pitch]
-  float* const wanted;         // [kTokens, EV_MAX_RULES]
-  float* const coefficients;   // likewise
+  char* const residual;  // or null
+  float* const partial;  // [kTokens, pitch]
+  float *const wanted, *const coefficients;  // [kTokens, EV_MAX_RULES]
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1) decode(const __grid_constant__ ev_args a, const __grid_constant__ Layout layout) {
+__global__ void __launch_bounds__(kThreads, 1) decode(const __grid_constant__ ev_args a, const __grid_constant__ DecodeLayout layout) {
   EV_DYNAMIC_SHARED(shared);
   Decode<T>(a, layout, shared).run();
 }
 
-// Lays out `slots` chunks a warp and says whether they fit.
-bool place(Layout& layout, const ev_args& a, int chunk, int slots, int limit) {
-  const int rows = static_cast<int>(a.k_padded), warps = rows / kReaderRows;
-  layout.chunk = chunk;
-  layout.slots = slots;
-  layout.row_bytes = chunk * kSize + 16;
-  layout.token_bytes = layout.slice * kSize + 16;
-  layout.pitch = rows + 4;
-  layout.ring = (1 + warps * slots) * static_cast<int>(sizeof(Barrier)) + 127 & ~127;
-  layout.tokens = layout.ring + rows * slots * layout.row_bytes;
-  layout.residual = layout.tokens + kTokens * layout.token_bytes;
-  layout.partial = layout.residual + (a.residual ? kTokens * layout.token_bytes : 0);
-  layout.wanted = layout.partial + kTokens * layout.pitch * 4;
-  layout.coefficients = layout.wanted + kTokens * EV_MAX_RULES * 4;
-  layout.bytes = layout.coefficients + kTokens * EV_MAX_RULES * 4;
-  return layout.bytes <= limit;
-}
-
-// The largest cluster that leaves a block at least 128 columns. All of its slice in large copies if that fits, or else
-// rings of small ones. No ranks where nothing fits.
-Layout layout_for(const ev_args& a, const Device& device) {
-  Layout layout{};
-  for (int ranks = device.cluster; ranks >= kSmallestCluster; ranks /= 2) {
-    if (a.d % (ranks * kStep) || a.d / ranks < kSmallestSlice) continue;
-    layout.ranks = ranks;
-    layout.slice = static_cast<int>(a.d / ranks);
-    if (place(layout, a, kChunk, (layout.slice + kChunk - 1) / kChunk, device.shared_bytes)) return layout;
-    for (int slots = layout.slice / kSmallChunk; slots >= 2; --slots) {
-      if (place(layout, a, kSmallChunk, slots, device.shared_bytes)) return layout;
-    }
-  }
-  return Layout{};
-}
-
 template <class T>
-cudaError_t apply(const ev_args& a, const Layout& layout, cudaStream_t stream) {
+cudaError_t apply(const ev_args& a, const DecodeLayout& layout, cudaStream_t stream) {
   const int64_t clusters = (a.n + kTokens - 1) / kTokens;
   const int threads = (static_cast<int>(a.k_padded) / kReaderRows + kTokenWarps) * 32;
   return launch(decode<T>, dim3(static_cast<unsigned>(clusters * layout.ranks)), threads, layout.bytes, stream, layout.ranks, a, layout);
@@ -382,12 +325,11 @@ cudaError_t apply(const ev_args& a, const Layout& layout, cudaStream_t stream) {
 }  // namespace
 
 bool decode_sm90_runs(const ev_args& a, const Device& device) {
-  const bool aligned = is_aligned(a.x, a.x_stride * kSize) && is_aligned(a.residual, a.residual_stride * kSize) && is_aligned(a.readers);
-  return a.dtype != EV_F32 && a.k_padded <= kReaderWarps * kReaderRows && aligned && layout_for(a, device).ranks > 0;
+  return layout_for(a, device).ranks > 0;
 }
 
 cudaError_t apply_decode_sm90(const ev_args& a, const Device& device, cudaStream_t stream) {
-  const Layout layout = layout_for(a, device);
+  const DecodeLayout layout = layout_for(a, device);
   return a.dtype == EV_BF16 ? apply<__nv_bfloat16>(a, layout, stream) : apply<__half>(a, layout, stream);
 }
 
