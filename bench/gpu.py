@@ -1,6 +1,7 @@
 """The op on a GPU against what torch can do, and against the card itself: `python bench/gpu.py time`.
 
 ``small`` runs every kernel once on small calls and compares with the reference; compute-sanitizer is run over it.
+``profile`` runs every kernel of ours once or twice on calls of full size; ncu is run over it.
 ``time`` measures two ceilings (a copy, a matrix product), then prefill and decode calls, each as replays of a CUDA graph of
 many calls over rotated buffers, variants interleaved, medians. A floor is bytes over the measured copy rate, or operations over
 the measured product rate, whichever is longer. Before a variant is timed its result is compared with fp64.
@@ -274,6 +275,16 @@ def time_all(out: Path, seconds: float, compiled: bool) -> None:
 # --- every kernel once ------------------------------------------------------------------------------------------------------
 
 
+def profile() -> None:
+    """The fastest form on one call of each kind, cold and then warm."""
+    for tokens, width in ((16384, 4096), (64, 4096), (1, 4096)):
+        for work in ("read", "add", "rules"):
+            buffers = make_buffers(tokens, width, work)
+            for _ in range(2):
+                ours(0)(buffers, work)
+            torch.cuda.synchronize()
+
+
 def small() -> None:
     """Each tile size and mode once, against the reference. Needs tests/ on the path."""
     from cases import make
@@ -285,9 +296,10 @@ def small() -> None:
             torch.cuda.synchronize()
             case.check()
             print(f"{dtype} {tokens} x {width} on {concepts}: as the reference", flush=True)
-    case = make(40, 256, 1024, torch.bfloat16, seed=1, rules=16, device="cuda")
-    case.run()
-    case.check()
+    for tokens, width, concepts in [(40, 256, 1024), (20, 4096, 171), (3, 16384, 171), (5, 576, 256)]:
+        case = make(tokens, width, concepts, torch.bfloat16, seed=1, rules=16, residual=True, device="cuda")
+        case.run()
+        case.check()
     cpu = make(20, 256, 171, torch.bfloat16, seed=1)
     cpu.run()
     cpu.check()
@@ -296,7 +308,7 @@ def small() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["small", "time"])
+    parser.add_argument("what", choices=["small", "profile", "time"])
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu.json"))
     parser.add_argument("--seconds", type=float, default=130, help="begin no further case after this long")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well; takes a minute more")
@@ -305,6 +317,8 @@ def main() -> None:
         raise SystemExit("no CUDA device")
     if options.what == "small":
         small()
+    elif options.what == "profile":
+        profile()
     else:
         time_all(options.out, options.seconds, options.compile)
 

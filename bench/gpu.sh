@@ -4,6 +4,7 @@
 #   build     build and install in place
 #   check     the tests that need a GPU
 #   sanitize  compute-sanitizer's memcheck and racecheck over a small script
+#   profile   ncu over one call of each kind (not among the default sections); writes profile.csv
 #   time      bench/gpu.py: ceilings, prefill, decode; writes gpu.json
 # Each section has a limit, and one that fails does not stop the next. Logs go to $OUT (default: build/gpu).
 set -uo pipefail
@@ -55,7 +56,20 @@ sanitize() {
   return $status
 }
 
-export -f abi build check sanitize
+profile() {
+  ncu --clock-control none --set full --csv --page details -k 'regex:portable|decode|stream' "$PYTHON" bench/gpu.py profile >"$OUT/profile.csv"
+  "$PYTHON" - "$OUT/profile.csv" <<'SUMMARY'
+import csv, sys
+shown = ("Duration", "Elapsed Cycles", "DRAM Throughput", "L2 Cache Throughput", "Executed Ipc Active", "No Eligible", "Registers Per Thread")
+rows = list(csv.DictReader(line for line in open(sys.argv[1]) if line.startswith('"')))
+for launch in dict.fromkeys(row["ID"] for row in rows):
+    mine = [row for row in rows if row["ID"] == launch]
+    name = mine[0]["Kernel Name"].replace("<unnamed>::", "")[:60]
+    print(launch, name, mine[0]["Grid Size"], *(f"{r['Metric Name']} {r['Metric Value']} {r['Metric Unit']};" for r in mine if r["Metric Name"] in shown))
+SUMMARY
+}
+
+export -f abi build check sanitize profile
 export OUT PYTHON LIB
 [ $# -gt 0 ] || set -- abi build check sanitize time
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
@@ -65,6 +79,7 @@ for name in "$@"; do
     build) section build 150 6 bash -c build ;;
     check) section check 150 40 bash -c check ;;
     sanitize) section sanitize 120 16 bash -c sanitize ;;
+    profile) section profile 150 40 bash -c profile ;;
     time) section time 150 70 "$PYTHON" bench/gpu.py time --out "$OUT/gpu.json" ;;
     *) echo "no section $name" ;;
   esac
