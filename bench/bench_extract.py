@@ -3,6 +3,8 @@
 Each batch is run bare and with all layers looked at, in alternating order, several times. On a CPU the clock is the
 process's own processor time on one thread, so that what else runs on the machine hardly matters. The linear algebra at the end is
 timed once and spread over the tokens of the whole corpus.
+
+Writes bench/results/extract.json and the paragraph of docs/extraction.md; with `--page` the paragraph alone.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 
 import provenance
 import torch
+from heldout import PAGE, written
 
 from emovec.bank import BankLayer
 from emovec.extraction.calibrate import _ProjectionSums
@@ -34,7 +37,17 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batches", type=int, default=4, help="batches of each pass")
     parser.add_argument("--repeats", type=int, default=5, help="times that each batch is run in each way")
+    parser.add_argument("--page", action="store_true", help="write the page's paragraph from the results there are")
     options = parser.parse_args()
+    if not options.page:
+        measure(options)
+    if options.device == "cpu":
+        found = provenance.read("extract")
+        text = {"cost": paragraph(found["results"], found["provenance"]["name"])}
+        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
+
+
+def measure(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     model, tokenizer = load_model(options.model, device=options.device)
     job = Extraction(model, tokenizer, progress=False)
@@ -69,6 +82,19 @@ def main() -> None:
     }
     print(f"extraction of all {len(layers)} layers at {bare / whole:.3f} of the bare forward pass (goal {GOAL}); {passes}")
     print(provenance.write("extract" if options.device == "cpu" else f"extract_{torch.device(options.device).type}", results))
+
+
+def paragraph(results: dict[str, Any], machine: str) -> str:
+    """What docs/extraction.md says of the cost."""
+    each = ", ".join(
+        f"{name} {found['ratio']:.2f} ({found['quartiles'][0]:.2f} to {found['quartiles'][1]:.2f})"
+        for name, found in results["passes"].items()
+    )
+    return (
+        f"All {results['layers']} layers of {results['model']} ({results['dtype']}) are extracted at {results['ratio']:.2f} of the bare forward pass's "
+        f"tokens per second, the algebra at the end included; by pass {each}: medians and quartiles of pairs.\n"
+        f"Measured by `python bench/bench_extract.py` on {machine}, {results['clock']}."
+    )
 
 
 def compare(job: Extraction, sums: Any, texts: Iterator[Tokens], options: argparse.Namespace, now: Callable[[], float]) -> dict[str, Any]:
