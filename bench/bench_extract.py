@@ -91,8 +91,8 @@ def paragraph(results: dict[str, Any], machine: str) -> str:
         for name, found in results["passes"].items()
     )
     return (
-        f"All {results['layers']} layers of {results['model']} ({results['dtype']}) are extracted at {results['ratio']:.2f} of the bare forward pass's "
-        f"tokens per second, the algebra at the end included; by pass {each}: medians and quartiles of pairs.\n"
+        f"All {results['layers']} layers of {results['model']} ({results['dtype']}) are extracted at {results['ratio']:.2f} of "
+        f"the bare forward pass's tokens per second, the algebra at the end included; by pass {each}: medians and quartiles of pairs.\n"
         f"Measured by `python bench/bench_extract.py` on {machine}, {results['clock']}."
     )
 
