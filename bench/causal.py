@@ -271,8 +271,8 @@ def table(results: dict[str, Any], machine: str) -> str:
         "",
         f"- Not beyond the null: {', '.join(among) or 'none'} among the 12, {', '.join(everywhere) or 'none'} among all tokens.",
         f"- Own direction first of the 12: {results['own_direction_first']} words.",
-        f"- Odds rise at every step: {results['monotonic']} words. Of random directions' curves {results['random_monotonic_share']:.0%} rise or "
-        "fall at every step, so order alone shows little.",
+        f"- Odds rise at every step: {results['monotonic']} words. Of random directions' curves {results['random_monotonic_share']:.0%} "
+        "rise or fall at every step, so order alone shows little.",
         f"- Probability of the 12 words together, mean over the 12 directions: {', '.join(masses)}.",
         "",
         f"Layers {', '.join(map(str, settings['layers']))}, {settings['random_directions']} random directions, fp32. "
