@@ -29,7 +29,7 @@ ModelOption = Annotated[str, typer.Option("--model", "-m", help="A packaged mode
 BankOption = Annotated[str | None, typer.Option("--bank", "-b", help="A shipped bank or a file. Default: the shipped bank of that name.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Use the bank although it was made for another model.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: the GPU if there is one.")]
-DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 where the device computes in it.")]
+DtypeOption = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. Default: bf16 where the device computes in it, else fp32.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BiasOption = Annotated[
     list[str] | None,
@@ -64,7 +64,8 @@ def dtype_of(name: str | None) -> Any:
     """The torch dtype of that name."""
     import torch
 
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    known |= {str(dtype).removeprefix("torch."): dtype for dtype in known.values()}
     if name is None:
         return None
     if name not in known:

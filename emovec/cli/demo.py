@@ -48,7 +48,7 @@ def demo(
     steered = steps.steer(on)
     for label, text in zip(steered.labels, steered.texts, strict=True):
         out.print(f"  [bold]{label:>16}[/]  {' '.join(text.split())}", soft_wrap=True)
-    out.print(f"  Odds that “{steps.FEELS}” goes on with a word, against no bias:", soft_wrap=True)
+    out.print(f"  Which of these words “{steps.FEELS}” goes on with: odds against no bias", soft_wrap=True)
     table = Table("bias", *steps.FEELINGS, box=None, pad_edge=False)
     for label, ratios in steered.odds.items():
         table.add_row(label, *map(times, ratios.values()))

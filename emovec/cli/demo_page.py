@@ -28,7 +28,7 @@ def write_page(
 ) -> Path:
     """Write ``index.html`` and ``picture.svg`` into ``directory``; the page's path."""
     prompts, story = readings[:-1], readings[-1]
-    heatmap_svg(story[1:], list(PICTURED), directory / "picture.svg", title="What the model reads in a story, token by token")
+    heatmap_svg(story.smooth(3)[1:], list(PICTURED), directory / "picture.svg", title="What a model reads in a story (smoothed over a few tokens)")
     sections = [
         _summary(story, clamped, guarded, timed),
         heatmap(story, list(PICTURED), title="A story, token by token", note="Pick a concept; point at a token for its strongest ones."),
@@ -46,7 +46,7 @@ def write_page(
         odds_table(
             steered.odds,
             title="A bias changes what the model says of a feeling",
-            note=f"Odds that “{steps.FEELS}” goes on with the word.",
+            note=f"Odds of the word that “{steps.FEELS}” goes on with, among these {len(steps.FEELINGS)}.",
         ),
         samples(
             list(zip(steered.labels, steered.texts, strict=True)),

@@ -63,7 +63,7 @@ def read(on: Loaded) -> list[Reading]:
 
 @dataclass(frozen=True)
 class Steered:
-    """Step 2. texts: what each bias made of one prompt; odds: bias -> word -> odds after / odds before."""
+    """Step 2. texts: what each bias made of one prompt; odds: bias -> word -> odds among the words after / before."""
 
     labels: tuple[str, ...]
     texts: tuple[str, ...]
@@ -85,7 +85,7 @@ def steer(on: Loaded, tokens: int = 40) -> Steered:
         logits = on.model(**on.encode([FEELS] * len(biases), chat=False)).logits[:, -1].float()
     texts = [on.tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in written]
     words = [on.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in FEELINGS]
-    chances = logits.softmax(-1)[:, words].double()
+    chances = logits[:, words].double().softmax(-1)
     ratio = chances / (1 - chances) / (chances[0] / (1 - chances[0]))
     odds = {label(bias): dict(zip(FEELINGS, row, strict=True)) for bias, row in zip(biases[1:], ratio[1:].tolist(), strict=True)}
     return Steered(tuple(map(label, biases)), tuple(texts), odds)

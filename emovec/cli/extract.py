@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -23,12 +24,14 @@ def extract(
     read_layer: Annotated[int | None, typer.Option(help="The layer to read at. Default: two thirds up the layers.")] = None,
     steer_layers: Annotated[str | None, typer.Option(help="The layers to steer at. Default: the layer to read at.")] = None,
     skip: Annotated[int, typer.Option(help="Tokens left out at the start of each story.", min=0)] = 50,
+    skip_share: Annotated[float, typer.Option(help="But no more than this share of a story, so that short texts are used too.")] = 1.0,
     format: Annotated[str, typer.Option(help="`raw`, or `chat`: each story as a user's message.")] = "raw",
     denoise: Annotated[str, typer.Option(help="Neutral components to project out: of `tokens`, of `dialogues`, or `none`.")] = "tokens",
     variance: Annotated[float, typer.Option(help="Share of the neutral variance that these reach.")] = 0.5,
     readers: Annotated[str, typer.Option(help="`whitened`, or `none`: read with the directions.")] = "whitened",
-    shrinkage: Annotated[float, typer.Option(help="Of the covariance that whitens.")] = 0.1,
+    shrinkage: Annotated[float, typer.Option(help="Of the covariance that whitens.")] = 0.5,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch. Default: 2048 on a CPU, 16384 on a GPU.")] = None,
+    evidence: Annotated[Path | None, typer.Option(help="A JSON file to record in the bank, such as what chose its layers.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Keep the state here, and go on from it after a kill.")] = None,
     device: DeviceOption = None,
     device_map: Annotated[str | None, typer.Option(help="Spread a big model, such as `auto`.")] = None,
@@ -47,6 +50,7 @@ def extract(
         raise typer.BadParameter(f"there is no directory {target.parent}", param_hint="--out")
     recipe = Recipe(
         skip=skip,
+        skip_share=skip_share,
         format=format,
         denoise=None if denoise == "none" else denoise,
         variance=variance,
@@ -67,8 +71,10 @@ def extract(
         read_layer=read_layer,
         steer_layers=integers(steer_layers, "--steer-layers"),
         batch_tokens=batch_tokens,
+        out=target,
         resume=resume,
         model_name=model,
+        meta={} if evidence is None else {"evidence": json.loads(evidence.read_text(encoding="utf-8"))},
     )
     plan = job.plan
     if ranks.rank() == 0:
@@ -80,7 +86,6 @@ def extract(
         )
     bank = job.run()
     if ranks.rank() == 0:
-        bank.save(target)
         assert job.summary is not None
         out.print(f"{target}: {bank!r}", soft_wrap=True)
         out.print(f"{job.summary.tokens:,} tokens in {job.summary.seconds:,.0f} s, {job.summary.tokens_per_second:,.0f} tokens/s")
