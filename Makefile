@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* kernels/*.h 
 # Threads that wait by spinning starve each other as soon as something else runs: a forward pass then takes 40 times as long.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow test-engines lint clean
+.PHONY: demo test test-slow test-engines bank lint clean
 
 demo: $(VENV)/demo.stamp ## read, steer, clamp and guard a real model; writes demo/index.html
 	$(BIN)/emovec demo --out demo
@@ -22,6 +22,11 @@ test-slow: $(VENV)/test.stamp ## the real model, the emulated AVX-512 forms
 
 test-engines: $(VENV)/engines.stamp ## the same directions in llama.cpp
 	$(BIN)/python -m pytest -q -m engine
+
+bank: $(VENV)/demo.stamp ## the shipped bank, anew: some minutes
+	OMP_NUM_THREADS=1 $(BIN)/emovec extract smollm2-135m-instruct --out emovec/data/banks/smollm2-135m-instruct.safetensors --dtype bf16 \
+	  --stories emovec/data/corpus/stories.jsonl --stories emovec/data/corpus/messages.jsonl --skip-share 0.33 \
+	  --layers 9,12,15,18,21 --read-layer 18 --steer-layers 9,12,15,18,21 --evidence bench/results/heldout.json
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

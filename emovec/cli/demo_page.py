@@ -28,7 +28,8 @@ def write_page(
 ) -> Path:
     """Write ``index.html`` and ``picture.svg`` into ``directory``; the page's path."""
     prompts, story = readings[:-1], readings[-1]
-    heatmap_svg(story.smooth(3)[1:], list(PICTURED), directory / "picture.svg", title="What a model reads in a story (smoothed over a few tokens)")
+    title = "What a model reads in a story (smoothed over a few tokens)"
+    heatmap_svg(story.smooth(3)[1:], list(PICTURED), directory / "picture.svg", title=title)
     sections = [
         _summary(story, clamped, guarded, timed),
         heatmap(story, list(PICTURED), title="A story, token by token", note="Pick a concept; point at a token for its strongest ones."),
