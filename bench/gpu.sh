@@ -2,6 +2,7 @@
 # Everything that needs a GPU, in one run of a few minutes: `bench/gpu.sh [SECTION...]`, by default all in this order:
 #   abi       the libemovec.so at $LIB (default: the one in emovec/), built elsewhere, loads here and is right
 #   build     build and install in place
+#   stream    the stream kernel alone, quickly; it is the newest
 #   check     the tests that need a GPU
 #   sanitize  compute-sanitizer's memcheck and racecheck over a small script
 #   profile   ncu over one call of each kind (not among the default sections); writes profile.csv
@@ -46,6 +47,10 @@ build() {
   [ ! -f "$OUT/../carried.so" ] || cp "$OUT/../carried.so" emovec/libemovec.so
 }
 
+stream() {
+  OMP_NUM_THREADS=4 "$PYTHON" -m pytest -q -p no:cacheprovider --tb=short --durations=3 tests/test_cuda_stream.py
+}
+
 check() {
   local files=(tests/test_cuda.py tests/test_cuda_binary.py) workers=()
   [ -f tests/test_triton.py ] && files+=(tests/test_triton.py)
@@ -75,14 +80,15 @@ for launch in dict.fromkeys(row["ID"] for row in rows):
 SUMMARY
 }
 
-export -f abi build check sanitize profile
+export -f abi build stream check sanitize profile
 export OUT PYTHON LIB
-[ $# -gt 0 ] || set -- abi build check sanitize time
+[ $# -gt 0 ] || set -- abi build stream check sanitize time
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
 for name in "$@"; do
   case $name in
     abi) section abi 60 8 bash -c abi ;;
     build) section build 150 16 bash -c build ;;
+    stream) section stream 60 40 bash -c stream ;;
     check) section check 150 24 bash -c check ;;
     sanitize) section sanitize 120 16 bash -c sanitize ;;
     profile) section profile 150 40 bash -c profile ;;

@@ -49,6 +49,7 @@ enum ev_kernel : int32_t {
   EV_CPU_AMX = 5,
   EV_CUDA_PORTABLE = 16,
   EV_CUDA_DECODE_SM90 = 17,
+  EV_CUDA_STREAM_SM90 = 18,
 };
 
 extern "C" {

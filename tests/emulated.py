@@ -17,6 +17,7 @@ from cases import DTYPES, Case
 ROOT = Path(__file__).parent.parent
 SHARED = 227 * 1024  # bytes a block can have on sm_90
 NO_KERNEL = -1
+PORTABLE, DECODE, STREAM = 16, 17, 18  # `ev_kernel` of kernels/api.h
 
 
 class _Table(ctypes.Structure):
@@ -56,20 +57,24 @@ def cuda_headers() -> Path | None:
 
 @cache
 def build() -> Callable[..., int]:
-    """``run(case, multiprocessors=132, shared=SHARED, cluster=0)``: the portable kernel, or with ``cluster`` > 0 the decode kernel
-    on a GPU that has clusters of that many blocks. Returns 0, or NO_KERNEL where the decode kernel cannot run the call."""
+    """``run(case, multiprocessors=132, shared=SHARED, cluster=0, stream=False)``: the portable kernel, or with ``cluster`` > 0 the
+    decode kernel on a GPU that has clusters of that many blocks, or the stream kernel. Returns 0, or NO_KERNEL where the kernel
+    cannot run the call."""
     headers, compiler = cuda_headers(), shutil.which("c++")
     if headers is None or compiler is None:
         pytest.skip("no CUDA headers or no C++ compiler")
     library = Path(tempfile.mkdtemp(prefix="emovec-emulator-")) / "emulator.so"
     options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-Wno-attributes", "-DEV_EMULATE"]
     includes = ["-I", ROOT / "tests/emulator", "-isystem", headers]
-    sources = [ROOT / "tests/emulator/emulator.cpp", *(ROOT / "kernels/cuda" / name for name in ("portable.cu", "decode_sm90.cu"))]
+    sources = [
+        ROOT / "tests/emulator/emulator.cpp",
+        *(ROOT / "kernels/cuda" / name for name in ("portable.cu", "decode_sm90.cu", "stream_sm90a.cu")),
+    ]
     subprocess.run([compiler, *options, *includes, "-x", "c++", *sources, "-o", library], check=True)
     function = ctypes.CDLL(str(library)).ev_emulated_apply
     shutil.rmtree(library.parent)  # it stays loaded
 
-    def run(case: Case, multiprocessors: int = 132, shared: int = SHARED, cluster: int = 0) -> int:
+    def run(case: Case, multiprocessors: int = 132, shared: int = SHARED, cluster: int = 0, stream: bool = False) -> int:
         o = case.operands
         concepts, width = o.directions.shape
         readers = torch.zeros(concepts + -concepts % 16, width, dtype=case.x.dtype)  # as they are packed for a GPU
@@ -90,7 +95,8 @@ def build() -> Callable[..., int]:
             a.scores, a.scores_stride = case.scores.data_ptr(), case.scores.stride(0)
         if case.sqnorm is not None:
             a.sqnorm = case.sqnorm.data_ptr()
-        result = function(ctypes.byref(a), multiprocessors, shared, cluster)
+        kernel = STREAM if stream else DECODE if cluster else PORTABLE
+        result = function(ctypes.byref(a), kernel, multiprocessors, shared, cluster)
         assert result in (0, NO_KERNEL)
         return int(result)
 

@@ -52,7 +52,17 @@ def forms(case: Case) -> list[str]:
     narrow = case.x.dtype != torch.float32 and concepts <= 256
     if "cuda_decode_sm90" in FORMS and torch.cuda.get_device_capability()[0] in (9, 10) and sliced and narrow and tokens <= 2500:
         runs.append("cuda_decode_sm90")
+    if "cuda_stream_sm90" in FORMS and torch.cuda.get_device_capability() == (9, 0) and streams(case):
+        runs.append("cuda_stream_sm90")
     return runs
+
+
+def streams(case: Case) -> bool:
+    """Whether the stream kernel can run the call: a 16-bit dtype, at most 176 concepts, a stage of columns, rows at multiples of 16
+    bytes."""
+    at = [t for t in (case.x, case.residual) if t is not None]
+    aligned = all(t.data_ptr() % 16 == 0 and (len(t) == 1 or t.stride(0) % 8 == 0) for t in at)
+    return case.x.dtype != torch.float32 and case.operands.directions.shape[0] <= 176 and case.x.shape[1] >= 64 and aligned
 
 
 def number(form: str) -> int:

@@ -67,6 +67,22 @@ def test_the_decode_kernel(architecture: str) -> None:
             assert re.search(instruction, code[name]), (name, instruction)
 
 
+def test_the_stream_kernel() -> None:
+    """128 registers at the start, no spill; warpgroup products of the whole tile, boxes by the copy engine, registers handed over."""
+    kernels = {name: used for name, used in usage("sm_90a").items() if "stream" in name}
+    assert len(kernels) == 2, sorted(kernels)
+    code = {part.split(maxsplit=1)[0]: part for part in dump("--dump-sass", "--gpu-architecture", "sm_90a").split("Function : ")[1:]}
+    for name, used in kernels.items():
+        assert used["STACK"] <= SOLVER_STACK, (name, used)
+        assert used["LOCAL"] == 0, (name, used)
+        assert used["REG"] == 128, (name, used)
+        products = re.findall(r"HGMMA\.\S+", code[name])
+        assert set(products) == {"HGMMA.64x176x16.F32" if "half" in name else "HGMMA.64x176x16.F32.BF16"}, (name, products)
+        assert len(products) == 4, (name, products)
+        for instruction in (r"UTMALDG\.2D", r"USETMAXREG\.TRY_ALLOC\.CTAPOOL", r"USETMAXREG\.DEALLOC\.CTAPOOL"):
+            assert re.search(instruction, code[name]), (name, instruction)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_register_is_spilled(architecture: str) -> None:
     kernels = {name: used for name, used in usage(architecture).items() if "portable" in name}

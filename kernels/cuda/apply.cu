@@ -36,26 +36,32 @@ cudaError_t describe(ev::Device& device) {
   return cudaSuccess;
 }
 
-// Up to about this many tokens clusters of blocks are faster than a block for each tile.
-enum : int { kDecodeTokens = 512 };
+// Up to about kDecodeTokens clusters of blocks are faster than a block for each tile; from about kStreamTokens on, where the
+// portable kernel's small tiles no longer fit the GPU at once, streaming is. INT64_MAX turns streaming off.
+constexpr int64_t kDecodeTokens = 512, kStreamTokens = 2048;
 
 int32_t fastest(const ev_args& a, const ev::Device& device) {
-  return a.n <= kDecodeTokens && ev::decode_sm90_runs(a, device) ? EV_CUDA_DECODE_SM90 : EV_CUDA_PORTABLE;
+  if (a.n <= kDecodeTokens && ev::decode_sm90_runs(a, device)) return EV_CUDA_DECODE_SM90;
+  if (a.n >= kStreamTokens && ev::stream_sm90_runs(a, device)) return EV_CUDA_STREAM_SM90;
+  return EV_CUDA_PORTABLE;
 }
 
 }  // namespace
 
 extern "C" int ev_cuda_apply(const ev_args* args, int32_t kernel, void* stream) {
-  if (kernel != EV_AUTO && kernel != EV_CUDA_PORTABLE && kernel != EV_CUDA_DECODE_SM90) return EV_NO_KERNEL;
+  if (kernel != EV_AUTO && (kernel < EV_CUDA_PORTABLE || kernel > EV_CUDA_STREAM_SM90)) return EV_NO_KERNEL;
   const bool writes = args->table.delta || args->scores || args->sqnorm;
   if (args->n == 0 || !writes) return cudaSuccess;
   ev::Device device{};
   const cudaError_t error = describe(device);
   if (error != cudaSuccess) return error;
   if (kernel == EV_AUTO) kernel = fastest(*args, device);
-  if (kernel == EV_CUDA_PORTABLE) return ev::apply_portable(*args, device, static_cast<cudaStream_t>(stream));
-  if (!ev::decode_sm90_runs(*args, device)) return EV_NO_KERNEL;
-  return ev::apply_decode_sm90(*args, device, static_cast<cudaStream_t>(stream));
+  auto* const on = static_cast<cudaStream_t>(stream);
+  switch (kernel) {
+    case EV_CUDA_PORTABLE: return ev::apply_portable(*args, device, on);
+    case EV_CUDA_DECODE_SM90: return ev::decode_sm90_runs(*args, device) ? ev::apply_decode_sm90(*args, device, on) : EV_NO_KERNEL;
+    default: return ev::stream_sm90_runs(*args, device) ? ev::apply_stream_sm90(*args, device, on) : EV_NO_KERNEL;
+  }
 }
 
 extern "C" const char* ev_cuda_error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -19,4 +19,7 @@ bool decode_sm90_runs(const ev_args& a, const Device& device);
 cudaError_t apply_decode_sm90(const ev_args& a, const Device& device, cudaStream_t stream);
 int decode_sm90_cluster(int shared_bytes);  // for Device; asks the current device, which must be of sm_90 or sm_100
 
+bool stream_sm90_runs(const ev_args& a, const Device& device);
+cudaError_t apply_stream_sm90(const ev_args& a, const Device& device, cudaStream_t stream);
+
 }  // namespace ev

@@ -34,19 +34,23 @@ __device__ __forceinline__ bool sort_tokens(const ev_args& a, int64_t first, int
   return __syncthreads_or(any);
 }
 
-// Choose the rows of the tokens that waited and solve their rules; projections p [TOKENS, pitch] and coefficients
+// Choose the row of token t of the tile if it waited, and solve its rules; projections p [TOKENS, pitch] and coefficients
 // [TOKENS, EV_MAX_RULES] are in shared memory.
 template <int TOKENS>
-__device__ __forceinline__ void decide(const ev_args& a, int64_t first, Tokens<TOKENS>& tokens, const float* p, int pitch, float* coefficients) {
-  const int t = static_cast<int>(threadIdx.x);
-  if (t < TOKENS) {
-    int32_t j = -1;
-    if (tokens.wait[t]) {
-      j = ev_choose_row(a, first + t, p + t * pitch);
-      if (j >= 0) ev_solve_rules(a, j, p + t * pitch, coefficients + t * EV_MAX_RULES);
-    }
-    tokens.row[t] = j;
+__device__ __forceinline__ void decide_token(const ev_args& a, int64_t first, int t, Tokens<TOKENS>& tokens, const float* p, int pitch,
+                                             float* coefficients) {
+  int32_t j = -1;
+  if (tokens.wait[t]) {
+    j = ev_choose_row(a, first + t, p + t * pitch);
+    if (j >= 0) ev_solve_rules(a, j, p + t * pitch, coefficients + t * EV_MAX_RULES);
   }
+  tokens.row[t] = j;
+}
+
+// The same for every token of the tile, a thread each.
+template <int TOKENS>
+__device__ __forceinline__ void decide(const ev_args& a, int64_t first, Tokens<TOKENS>& tokens, const float* p, int pitch, float* coefficients) {
+  if (threadIdx.x < TOKENS) decide_token(a, first, static_cast<int>(threadIdx.x), tokens, p, pitch, coefficients);
 }
 
 // x += delta_j + sum_m c_m v_m for the columns of a token from `begin` to `end`, at most a span, by one warp; `c` null: no

@@ -37,6 +37,7 @@ struct Lane {
   const void* address = nullptr;
   float* c = nullptr;
   uint32_t a[4], b[2], out[4];
+  bool adds = false;
   float value = 0, received = 0;
   int other = 0, predicate = 0;
   long round = 0;  // of the cluster's meeting that it arrived at
@@ -59,31 +60,37 @@ struct Copy {
   }
 };
 
-// An mbarrier of one arrival, and the bulk copies that will land on it.
+// An mbarrier, and the bulk copies that will land on it.
 struct Landing {
-  int phase = 0, announced = 0;
+  int arrivals = 1, arrived = 0, phase = 0, announced = 0, bytes = 0;
   std::vector<Copy> copies;
+  void bring(const Copy& copy) {
+    copies.push_back(copy);
+    bytes += copy.bytes;
+  }
 };
 
 class Cluster;
 
 struct Block {
+  enum : int { kAlignment = 1024 };
   Cluster& cluster;
   int rank;
   std::vector<char> memory;
   std::vector<Lane> lanes;
   std::vector<std::deque<std::vector<Copy>>> copies;
-  std::vector<Meeting> warps;
+  std::vector<Meeting> warps, groups_of_warps;
   Meeting all;
   std::map<const void*, Landing> landings;
 
   Block(Cluster& cluster, int rank, int threads, int shared_bytes)
       : cluster(cluster),
         rank(rank),
-        memory(shared_bytes + 128, static_cast<char>(0xff)),  // NaN to whoever reads what nobody wrote
+        memory(shared_bytes + kAlignment, static_cast<char>(0xff)),  // NaN to whoever reads what nobody wrote
         lanes(threads),
         copies(threads),
         warps(threads / 32, Meeting{32}),
+        groups_of_warps(threads / 128, Meeting{128}),
         all{threads} {}
 
   static Block& current();
@@ -93,7 +100,7 @@ struct Block {
     meet(warps[warp], [&] { work(&lanes[warp * 32]); });
   }
   Lane& lane() { return lanes[emulated_thread.x]; }
-  char* shared() { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 127) / 128 * 128); }
+  char* shared() { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + kAlignment - 1) / kAlignment * kAlignment); }
   std::deque<std::vector<Copy>>& groups() {
     auto& groups = copies[emulated_thread.x];
     if (groups.empty()) groups.emplace_back();
@@ -285,20 +292,18 @@ inline void announce(uint64_t* barrier, int bytes) {
 }
 inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16 || bytes <= 0) std::abort();
-  landing(barrier).copies.push_back({shared, global, bytes, true});
+  landing(barrier).bring({shared, global, bytes, true});
   Block::current().cluster.progress = true;
 }
 // Nothing lands before nobody can go on without; then the copies of about half of the barriers do.
 inline void wait(uint64_t* barrier, int phase) {
   Cluster& cluster = Block::current().cluster;
   for (Landing& state = landing(barrier); state.phase == phase;) {
-    int bytes = 0;
-    for (const Copy& copy : state.copies) bytes += copy.bytes;
-    const bool complete = cluster.stalled && state.announced && bytes == state.announced;
+    const bool complete = cluster.stalled && state.announced && state.bytes == state.announced;
     if (complete) cluster.progress = true;
     if (complete && cluster.chosen(barrier)) {
       for (const Copy& copy : state.copies) copy.land();
-      state = Landing{1 - phase, 0, {}};
+      state = Landing{state.arrivals, 0, 1 - phase, 0, 0, {}};
     } else {
       cluster.yield();
     }
@@ -327,6 +332,96 @@ inline float load_from(const float* shared, int rank) {
   float value;
   std::memcpy(&value, block.cluster.blocks.at(rank)->shared() + at, 4);
   return value;
+}
+
+// --- what sm_90a adds: see warpgroup.cuh -----------------------------------------------------------------------------------
+
+inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(static_cast<const char*>(p) - Block::current().shared()); }
+
+inline void start(uint64_t* barrier, int arrivals) {
+  start(barrier);
+  landing(barrier).arrivals = arrivals;
+}
+inline void arrive(uint64_t* barrier) {
+  Landing& state = landing(barrier);
+  if (++state.arrived < state.arrivals) return;
+  state.arrived = 0;
+  state.phase = 1 - state.phase;
+  Block::current().cluster.progress = true;
+}
+
+struct Matrix {
+  const char* first;
+  int64_t rows, row_bytes, apart;  // bytes
+  int box_rows;
+};
+inline bool can_encode_matrices() { return true; }
+inline bool encode(Matrix& matrix, bool, const void* first, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
+  matrix = {static_cast<const char*>(first), rows, columns * 2, stride * 2, box_rows};
+  return reinterpret_cast<uintptr_t>(first) % 16 == 0 && matrix.apart % 16 == 0 && matrix.row_bytes <= matrix.apart && box_rows <= 256;
+}
+
+// Byte `at` of shared memory as the swizzle of 128 bytes has it.
+inline uint32_t swizzled(uint32_t at) { return at ^ (at >> 7 & 7) << 4; }
+
+inline void copy_box(void* shared, const Matrix& matrix, int column, int row, uint64_t* barrier) {
+  const uint32_t to = shared_address(shared);
+  if (to % 1024) std::abort();
+  for (int r = 0; r < matrix.box_rows; ++r) {
+    for (int byte = 0; byte < 128; byte += 16) {
+      const int64_t offset = column * 2 + byte;
+      const bool inside = row + r < matrix.rows && offset < matrix.row_bytes;
+      char* target = Block::current().shared() + swizzled(to + r * 128 + byte);
+      landing(barrier).bring({target, inside ? matrix.first + (row + r) * matrix.apart + offset : nullptr, 16, inside});
+    }
+  }
+  Block::current().cluster.progress = true;
+}
+
+template <int COUNT>
+void give_registers() {}
+template <int COUNT>
+void take_registers() {}
+
+inline void begin_products() {}
+template <int VALUES>
+void finish_products(float (&)[VALUES]) {}
+
+// A row of 32 bytes of the matrix that a descriptor (PTX ISA, "Matrix Descriptor Format") says where to find.
+template <class T>
+void emulated_row(float (&out)[16], uint64_t descriptor, int row) {
+  const uint32_t start = (descriptor & 0x3fff) << 4, eight_rows = (descriptor >> 32 & 0x3fff) << 4;
+  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) std::abort();  // the swizzle of 128 bytes, without a base offset
+  for (int k = 0; k < 16; ++k) {
+    T value;
+    std::memcpy(&value, Block::current().shared() + swizzled(start + row / 8 * eight_rows + row % 8 * 128 + k * 2), 2);
+    out[k] = static_cast<float>(value);
+  }
+}
+
+// m64nNk16: element (row, n) lies in warp row / 16, lane row % 8 * 4 + n % 8 / 2, register n / 8 * 4 + row % 16 / 8 * 2 + n % 2.
+template <class T, int VALUES>
+void multiply(float (&c)[VALUES], uint64_t a, uint64_t b, bool adds) {
+  Block& block = Block::current();
+  const unsigned group = emulated_thread.x / 128;
+  block.lane().c = c;
+  block.lane().adds = adds;
+  block.meet(block.groups_of_warps[group], [&] {
+    Lane* lanes = &block.lanes[group * 128];
+    std::vector<float[16]> right(VALUES * 2);
+    for (int n = 0; n < VALUES * 2; ++n) emulated_row<T>(right[n], b, n);
+    for (int row = 0; row < 64; ++row) {
+      float left[16];
+      emulated_row<T>(left, a, row);
+      for (int n = 0; n < VALUES * 2; ++n) {
+        double sum = 0;
+        for (int k = 0; k < 16; ++k) sum += static_cast<double>(left[k]) * right[n][k];
+        Lane& lane = lanes[row / 16 * 32 + row % 8 * 4 + n % 8 / 2];
+        float& out = lane.c[n / 8 * 4 + row % 16 / 8 * 2 + n % 2];
+        out = static_cast<float>((lane.adds ? out : 0.f) + sum);
+      }
+    }
+  });
 }
 
 template <class... Parameters>
