@@ -54,19 +54,19 @@ __device__ __forceinline__ void decide(const ev_args& a, int64_t first, Tokens<T
 }
 
 // x += delta_j + sum_m c_m v_m for the columns of a token from `begin` to `end`, at most a span, by one warp; `c` null: no
-// rules. VECTORS of 16 bytes a thread make a span.
+// rules. VECTORS of 16 bytes a thread make a span. ALIGNED: x, delta and directions are known to be at multiples of 16 bytes.
 template <class T, int VECTORS>
 constexpr int kSpan = VECTORS * 32 * Vector<T>::kSize;
 
-template <class T, int VECTORS>
+template <class T, int VECTORS, bool ALIGNED = false>
 __device__ __forceinline__ void steer_span(const ev_args& a, int64_t token, int64_t j, const float* c, int64_t begin, int64_t end) {
   using V = Vector<T>;
   T* x = static_cast<T*>(a.x) + token * a.x_stride;
   const float* delta = a.table.delta + j * a.d;
   const T* directions = static_cast<const T*>(a.directions);
-  const bool x_aligned = is_aligned(a.x, a.x_stride * sizeof(T));
-  const bool delta_aligned = is_aligned(a.table.delta);
-  const bool directions_aligned = is_aligned(a.directions);
+  const bool x_aligned = ALIGNED || is_aligned(a.x, a.x_stride * sizeof(T));
+  const bool delta_aligned = ALIGNED || is_aligned(a.table.delta);
+  const bool directions_aligned = ALIGNED || is_aligned(a.directions);
   const int64_t column = begin + threadIdx.x % 32 * V::kSize;
 
   V before[VECTORS];

@@ -44,7 +44,7 @@ enum : int {
   kLanes = 8,         // that share a token's 128 bytes
   kBatch = 4,         // vectors that a streamer has in flight
   kRounds = kTokens * kLanes / kGroup,
-  kVectors = 4,  // of 16 bytes, that a thread steers at a time
+  kVectors = 8,       // of 16 bytes, that a thread steers at a time
   // Registers of a thread; the warpgroups have 512 between them.
   kBringerRegisters = 24,
   kStreamerRegisters = 88,
@@ -219,12 +219,19 @@ class Stream {
     __syncwarp();
 #pragma unroll 1
     for (int t = own; t < own + kWarpTokens; ++t) {
+      if (t + 1 < own + kWarpTokens && tokens.row[t + 1] >= 0) prefetch_token(t + 1);
       const int32_t j = tokens.row[t];
       if (j < 0) continue;
 #pragma unroll 1
       for (int64_t begin = 0; begin < a.d; begin += kSpan<T, kVectors>)
-        steer_span<T, kVectors>(a, first + t, j, coefficients + t * EV_MAX_RULES, begin, a.d);
+        steer_span<T, kVectors, true>(a, first + t, j, coefficients + t * EV_MAX_RULES, begin, a.d);
     }
+  }
+
+  __device__ __forceinline__ void prefetch_token(int t) const {
+    const T* x = static_cast<const T*>(a.x) + (first + t) * a.x_stride;
+#pragma unroll 1
+    for (int64_t i = lane() * kColumns; i < a.d; i += 32 * kColumns) prefetch(x + i);
   }
 
   const ev_args& a;
@@ -310,8 +317,8 @@ bool stream_sm90_runs(const ev_args& a, const Device& device) {
   const int fixed = static_cast<int>(sizeof(Tokens<kTokens>)) + 2 * kMaxStages * static_cast<int>(sizeof(Barrier));
   return device.capability == 90 && a.dtype != EV_F32 && a.reader_dtype == a.dtype && a.k_padded <= kProductConcepts && a.d >= kColumns &&
          a.d < 1 << 30 && a.n < 1 << 30 && dynamic_bytes(ring_for(a)) + fixed <= device.shared_bytes && can_bring(a, a.x, a.x_stride) &&
-         (!a.residual || can_bring(a, a.residual, a.residual_stride)) && is_aligned(a.readers) && is_aligned(a.table.delta) &&
-         can_encode_matrices();
+         (!a.residual || can_bring(a, a.residual, a.residual_stride)) && is_aligned(a.readers) && is_aligned(a.directions) &&
+         is_aligned(a.table.delta) && can_encode_matrices();
 }
 
 cudaError_t apply_stream_sm90(const ev_args& a, const Device&, cudaStream_t stream) {
