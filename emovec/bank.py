@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from emovec import bank_file
-from emovec.bank_layer import KINDS, BankError, BankLayer, Baseline, UnknownConcept, shown, unknown
+from emovec.bank_layer import KINDS, BankError, BankLayer, Baseline, UnknownConcept, nearest, shown, unknown
 from emovec.fingerprint import differences, fingerprint, is_fingerprint, template_hash
 
 __all__ = [
@@ -271,7 +271,8 @@ def load_bank(name_or_path: str | os.PathLike[str]) -> Bank:
     shipped = shipped_banks()
     path = _SHIPPED / f"{name_or_path}.safetensors" if str(name_or_path) in shipped else Path(name_or_path)
     if not path.is_file():
-        raise BankError(f"{path}: no such file, and no bank of that name is shipped; shipped: {', '.join(shipped) or 'none'}")
+        near = ", ".join(nearest(name_or_path, shipped)) or "none"
+        raise BankError(f"{path}: no such file, and no bank of that name is shipped; nearest shipped: {near}")
     layers, header = bank_file.read(path)
     try:
         return Bank(layers, header["read_layer"], header["steer_layers"], header["families"], header["meta"])

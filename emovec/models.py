@@ -43,14 +43,14 @@ def load_model(
 
     Raises:
         ModuleNotFoundError: transformers is not installed (``emovec[hf]``), or the package that carries the weights is not.
-        ValueError: both ``device`` and ``device_map``.
+        ValueError: both ``device`` and ``device_map``, or a device that this torch cannot use.
         OSError: transformers knows no such model.
     """
     transformers = extras.require("transformers", extra="hf")
     if device is not None and device_map is not None:
         raise ValueError(f"give device or device_map, not both (device={device!r}, device_map={device_map!r})")
+    target = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = _converted(str(name_or_path)) if str(name_or_path) in PACKAGED else name_or_path
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = default_dtype(target) if dtype is None else dtype
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map)
@@ -62,6 +62,13 @@ def load_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return (model if device_map is not None else model.to(target)).eval(), tokenizer
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

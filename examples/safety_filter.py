@@ -15,6 +15,7 @@ import torch
 
 import emovec
 from emovec.extraction.corpus import shipped
+from emovec.threshold import peak
 
 WATCHED = ("desperate", "angry")
 FALSE_ALARMS = 0.05
@@ -37,9 +38,8 @@ def main() -> None:
     inputs = emovec.encode(tokenizer, options.prompt, device=model.device)
     with emovec.attach(model, bank, layers=[bank.read_layer], guard=guard, tokenizer=tokenizer) as probe:
         tokens = model.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    for name in WATCHED:
-        peak = float(probe[0].smooth(guard.thresholds[0].halflife).of(name)[1:].max())
-        print(f"{name}: peak {peak:+.2f}")
+    for threshold in guard.thresholds:
+        print(f"{threshold.label} stayed above {peak(threshold, probe[0]):+.2f}")
     for event in probe.events:
         print(event)
     print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())

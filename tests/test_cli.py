@@ -17,7 +17,7 @@ import transformers
 from banks import NAMES, make_bank
 from typer.testing import CliRunner
 
-from emovec import load_bank
+from emovec import Bank, load_bank
 from emovec.cli import app as application
 from emovec.cli import common
 from emovec.cli.read import inner
@@ -95,6 +95,16 @@ def test_bank_show(bank_path: Path) -> None:
     facts = json.loads(run("bank", "show", str(bank_path), "--json"))
     assert facts["concepts"] == list(NAMES)
     assert str(facts["read_layer"]) in run("bank", "show", str(bank_path), "--names")
+
+
+def test_bank_show_is_short_and_takes_any_text(bank_path: Path) -> None:
+    bank = Bank(load_bank(bank_path).values(), families={"[/odd]": NAMES[:1]}, meta={"[/key]": "[/value]", "evidence": list(range(1000))})
+    bank.save(bank_path)
+    said = run("bank", "show", str(bank_path), "--names")
+    assert "[/key]: [/value]" in said
+    assert "[/odd]: " in said
+    assert "evidence: long; --json prints it" in said
+    assert json.loads(run("bank", "show", str(bank_path), "--json"))["meta"]["evidence"] == list(range(1000))
 
 
 def test_bank_convert_there_and_back(bank_path: Path, tmp_path: Path) -> None:

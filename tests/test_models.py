@@ -151,6 +151,9 @@ def test_load_model_refuses_what_it_cannot_do(monkeypatch):
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", unknown)
     with pytest.raises(ValueError, match="device or device_map, not both"):
         models.load_model("x", device="cpu", device_map="auto")
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device '{device}' cannot be used: "):
+            models.load_model("x", device=device)
     with pytest.raises(OSError, match="Nearest packaged model: smollm2-135m-instruct"):
         models.load_model("smollm-135m-instruct")
 

@@ -260,8 +260,11 @@ def test_another_device_is_refused() -> None:
     case = make(6, 64, 9, torch.bfloat16, seed=10)
     with pytest.raises(ValueError, match=r"cpu.*meta"):
         ops.apply_(case.x.to("meta"), case.operands)
-    with pytest.raises(RuntimeError):
-        ops.apply_(case.x, case.operands, residual=case.x.to("meta"))
+    for name in ("residual", "row", "sqnorm"):
+        case = make(6, 64, 9, torch.bfloat16, seed=10)
+        elsewhere = {"residual": case.x, "row": torch.zeros(6, dtype=torch.int32), "sqnorm": torch.zeros(6)}[name].to("meta")
+        setattr(case, name, elsewhere)
+        refuses(case, "is on meta, x is on cpu")
 
 
 def test_table_refuses_what_cannot_hold() -> None:

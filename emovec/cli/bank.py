@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from emovec.bank import Bank, load_bank
 from emovec.cli.common import BiasOption, DeviceOption, JsonOption, busy, err, integers, out, print_json, steering_of
 
 app = typer.Typer(help="Show, check and convert banks of directions.", no_args_is_help=True)
+
+LONGEST = 500  # characters of one entry of a bank's meta that are shown
 
 BankArgument = Annotated[str, typer.Argument(metavar="BANK", help="A shipped bank or a file.")]
 
@@ -44,10 +47,11 @@ def show(
     if names:
         rest = set(loaded.names).difference(*loaded.families.values())
         for family, members in {**loaded.families, **({"no family": tuple(sorted(rest))} if rest else {})}.items():
-            out.print(f"[bold]{family}[/]: {', '.join(members)}", soft_wrap=True)
+            out.print(f"[bold]{escape(family)}[/]: {escape(', '.join(members))}", soft_wrap=True)
     for key, value in loaded.meta.items():
         if key != "fingerprint":
-            out.print(f"[bold]{key}[/]: {value}", soft_wrap=True, markup=True)
+            text = str(value)
+            out.print(f"[bold]{escape(key)}[/]: {escape(text) if len(text) <= LONGEST else 'long; --json prints it'}", soft_wrap=True)
 
 
 def _facts(bank: Bank) -> dict[str, Any]:
