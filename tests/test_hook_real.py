@@ -83,5 +83,6 @@ def test_the_guard_refuses_in_words(smollm):
     assert "I would rather not." not in texts[1 - high]
 
 
-def test_examples_of_the_page():
-    run_examples("hooks.md")
+@pytest.mark.parametrize("page", ["hooks.md", "../README.md"])
+def test_examples_of_the_page(page):
+    run_examples(page)
