@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -207,7 +208,8 @@ def floor(tokens: int, width: int, work: str, limits: dict[str, float]) -> float
 def variants(compiled: bool) -> dict[str, Callable[[Buffers, str], None]]:
     from emovec import _host
 
-    found = {name.removeprefix("cuda_"): ours(number) for name, number in _host.kernels().items() if name.startswith("cuda_")}
+    kernels = {name: number for name, number in _host.kernels().items() if name != os.environ.get("EMOVEC_WITHOUT")}
+    found = {name.removeprefix("cuda_"): ours(number) for name, number in kernels.items() if name.startswith("cuda_")}
     found |= {"auto": ours(0), "triton": triton, "torch": torch_form}
     if compiled:
         found["compile"] = torch.compile(torch_form, dynamic=False)

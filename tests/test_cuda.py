@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from cases import DTYPES, Case, make, same_bits
 
 from emovec import _host, ops
 
-FORMS = {name: number for name, number in _host.kernels().items() if name.startswith("cuda_")}
+WITHOUT = os.environ.get("EMOVEC_WITHOUT")  # a form to leave out
+FORMS = {name: number for name, number in _host.kernels().items() if name.startswith("cuda_") and name != WITHOUT}
 pytestmark = [
     pytest.mark.skipif(not FORMS, reason="this build has no CUDA kernels (no nvcc when it was built)"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
