@@ -63,6 +63,7 @@ def constants(architecture: str, dtype: torch.dtype, width: int, concepts: int, 
         "UNIT": unit,
         # NVIDIA multiplies fp32 on tensor cores as TF32 only; three such products have fp32's precision.
         "PRECISION": "tf32x3" if dtype == torch.float32 and architecture.startswith("sm_") else "ieee",
+        "ASYNC": architecture.startswith(("sm_9", "sm_10")),
         "BM": tile.tokens,
         "BD": tile.columns,
         "K0": first,

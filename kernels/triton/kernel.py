@@ -87,22 +87,30 @@ def apply_kernel(
     delta_ptr, gate_ptr, threshold_ptr, concept_ptr, bounds_ptr, solve_ptr, scores_ptr, sqnorm_ptr,
     tokens, rows, x_stride, residual_stride, scores_stride,
     WIDTH: tl.constexpr, CONCEPTS: tl.constexpr, RULES: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+    ASYNC: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
 ):  # fmt: skip
     """The op's arguments; a pointer that is None was not given. SLOTS is RULES rounded up to a power of two.
 
     The strides of x and residual are in units of UNIT elements, so that the compiler knows how rows are aligned.
+    ASYNC: products run beside the program and read shared memory, as on sm_90 and sm_100.
     """
     STEER: tl.constexpr = delta_ptr is not None
     READ: tl.constexpr = scores_ptr is not None or sqnorm_ptr is not None
     WIDE: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    # On sm_90, Triton 3.6 lets the next tile of x overwrite one that a product still reads from shared memory, if anything
+    # but the product reads it as well (seen on an H200). Then the product is given registers, through a select that stays.
+    SHARED: tl.constexpr = ASYNC and (sqnorm_ptr is not None or delta_ptr is not None)
 
     base = tl.program_id(0).to(tl.int64) * BM
     local = tl.arange(0, BM)
     token = base + local
     valid = token < tokens
     x_tile = x_ptr + base * (x_stride * UNIT)
-    x_off = local[:, None] * (x_stride * UNIT)
+    there, near = valid, local
+    if ASYNC:  # tokens past the end read the last one again, and write nothing: loads without a mask are faster
+        there = tl.full((BM,), 1, tl.int1)
+        near = tl.minimum(local, (tl.minimum(tokens - base, BM) - 1).to(tl.int32))
+    x_off = near[:, None] * (x_stride * UNIT)
     column = tl.arange(0, BD)
     slot = tl.arange(0, SLOTS)
 
@@ -132,7 +140,7 @@ def apply_kernel(
         concept1 = first + K0 + tl.arange(0, K1)
         for start in range(0, WIDTH, BD):
             at = start + column
-            inside = valid[:, None]
+            inside = there[:, None]
             known0 = (concept0 < CONCEPTS)[:, None]
             known1 = (concept1 < CONCEPTS)[:, None]
             if WIDTH % BD != 0:
@@ -148,13 +156,17 @@ def apply_kernel(
                 tl.store(x_tile + (x_off + at[None, :]), (x.to(tl.float32) + delta).to(x.dtype), mask=write)
             h = x.to(tl.float32)
             if residual_ptr is not None:
-                residual_row = residual_ptr + base * (residual_stride * UNIT) + local[:, None] * (residual_stride * UNIT)
+                residual_row = residual_ptr + base * (residual_stride * UNIT) + near[:, None] * (residual_stride * UNIT)
                 residual = tl.load(residual_row + at[None, :], mask=inside, other=0.0)
                 h += residual.to(tl.float32)
+                if SHARED:
+                    residual = tl.where(valid[:, None], residual, 0.0).to(residual.dtype)
                 if not WIDE:  # <x + residual, v> as two products of 16-bit numbers: the sum may need more than 16 bits
                     acc0 = tl.dot(residual, v0.T, acc0)
                     acc1 = tl.dot(residual, v1.T, acc1)
             factor = h if WIDE else x
+            if SHARED and not WIDE:
+                factor = tl.where(valid[:, None], x, 0.0).to(x.dtype)
             if sqnorm_ptr is not None:
                 square += tl.sum(h * h, 1)
             acc0 = tl.dot(factor, v0.T, acc0, input_precision=PRECISION)
