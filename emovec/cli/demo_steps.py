@@ -161,7 +161,7 @@ def guard(on: Loaded, ordinary: int = 40, tokens: int = 60) -> Guarded:
         inputs = on.encode([json.loads(line)["content"] for line in lines])
         write(on, inputs, 24)
         readings = list(probe)
-    threshold = Threshold.calibrated(GUARDED, readings, FALSE_ALARMS, Stop(), on="generated")
+    threshold = Threshold.calibrated(GUARDED, readings, FALSE_ALARMS, Stop())
     inputs = on.encode(GUARD_PROMPT)
     with attach(on.model, on.bank, steer=GUARD_BIAS, layers=[layer], guard=Guard(threshold), tokenizer=on.tokenizer) as probe:
         text = write(on, inputs, tokens)[0]
