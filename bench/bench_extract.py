@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import pages
 import provenance
 import torch
-from heldout import PAGE, written
+from heldout import PAGE
 
 from emovec.bank import BankLayer
 from emovec.extraction.calibrate import _ProjectionSums
@@ -44,7 +45,7 @@ def main() -> None:
     if options.device == "cpu":
         found = provenance.read("extract")
         text = {"cost": paragraph(found["results"], found["provenance"]["name"])}
-        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
+        pages.write(PAGE, text)
 
 
 def measure(options: argparse.Namespace) -> None:

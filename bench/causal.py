@@ -26,19 +26,18 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import pages
 import provenance
 import torch
-from heldout import written
 from torch import Tensor
 
 from emovec.bank import Bank, BankLayer, load_bank
 from emovec.hook import attach
 from emovec.models import encode, load_model
 
-PAGE = Path(__file__).parent.parent / "docs" / "steering.md"
+PAGE = pages.DOCS / "steering.md"
 MODEL = "smollm2-135m-instruct"
 WORDS = ("happy", "inspired", "loving", "proud", "calm", "desperate", "angry", "guilty", "sad", "afraid", "nervous", "surprised")
 SUBJECTS = ("Anna", "Tom", "Maria", "the nurse", "the old man", "my neighbour")
@@ -293,7 +292,7 @@ def main() -> None:
     found = provenance.read("causal")
     new = table(found["results"], found["provenance"]["name"])
     print(new)
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), {"causal": new}), encoding="utf-8")
+    pages.write(PAGE, {"causal": new})
 
 
 if __name__ == "__main__":

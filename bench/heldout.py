@@ -12,12 +12,11 @@ Writes bench/results/heldout.json and the tables of docs/extraction.md; with `--
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+import pages
 import provenance
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from emovec.extraction.sums import NeutralMoments, story_means
 from emovec.extraction.tokens import Batch, Tokens, batches, dialogue_tokens, story_tokens
 from emovec.models import load_model, residual_width
 
-PAGE = Path(__file__).parent.parent / "docs" / "extraction.md"
+PAGE = pages.DOCS / "extraction.md"
 MODEL = "smollm2-135m-instruct"
 RECIPE = Recipe(skip_share=0.33)  # that of the shipped bank
 SHOWN = (0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 29)  # layers in the page's table; all are in the results
@@ -302,16 +301,6 @@ def tables(results: dict[str, Any], machine: str) -> dict[str, str]:
     return {key: "\n".join([*lines, "", source]) for key, lines in parts.items()}
 
 
-def written(page: str, found: dict[str, str]) -> str:
-    """The page with each table between its markers."""
-    for name, table in found.items():
-        pattern = rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)"
-        page, count = re.subn(pattern, lambda match, table=table: match[1] + table + match[2], page, flags=re.DOTALL)
-        if count != 1:
-            raise ValueError(f"{PAGE} has {count} places for the table {name!r}")
-    return page
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", action="store_true", help="write the page's tables from the results there are")
@@ -324,7 +313,7 @@ def main() -> None:
     found = provenance.read("heldout")
     new = tables(found["results"], found["provenance"]["name"])
     print("\n\n".join(new.values()))
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), new), encoding="utf-8")
+    pages.write(PAGE, new)
 
 
 if __name__ == "__main__":

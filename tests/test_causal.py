@@ -100,7 +100,7 @@ def test_random_directions_are_unit_alike_at_all_layers_and_in_the_banks_units(c
 def test_the_page_says_what_the_results_say_and_they_are_of_the_shipped_bank(causal: Any) -> None:
     found = causal.provenance.read("causal")
     page = causal.PAGE.read_text(encoding="utf-8")
-    assert causal.written(page, {"causal": causal.table(found["results"], found["provenance"]["name"])}) == page
+    assert causal.pages.written(page, {"causal": causal.table(found["results"], found["provenance"]["name"])}) == page
     settings = found["results"]["settings"]
     assert settings["directions"] == causal.directions_digest(load_bank(causal.MODEL)), "run `python bench/causal.py` again"
     assert tuple(settings["strengths"]) == causal.STRENGTHS

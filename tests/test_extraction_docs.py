@@ -21,27 +21,27 @@ NAME = "smollm2-135m-instruct"
 def heldout(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(ROOT / "bench")
     yield __import__("heldout")
-    for name in ("heldout", "provenance", "bench_extract"):
+    for name in ("heldout", "pages", "provenance", "bench_extract"):
         sys.modules.pop(name, None)
 
 
 def test_the_tables_are_those_of_the_results(heldout: Any) -> None:
     found = heldout.provenance.read("heldout")
     page = heldout.PAGE.read_text(encoding="utf-8")
-    assert heldout.written(page, heldout.tables(found["results"], found["provenance"]["name"])) == page
+    assert heldout.pages.written(page, heldout.tables(found["results"], found["provenance"]["name"])) == page
 
 
 def test_the_cost_is_that_of_the_results(heldout: Any) -> None:
     bench = __import__("bench_extract")
     found = heldout.provenance.read("extract")
     page = heldout.PAGE.read_text(encoding="utf-8")
-    assert heldout.written(page, {"cost": bench.paragraph(found["results"], found["provenance"]["name"])}) == page
+    assert heldout.pages.written(page, {"cost": bench.paragraph(found["results"], found["provenance"]["name"])}) == page
     assert found["results"]["ratio"] >= found["results"]["goal"]
 
 
 def test_a_page_without_a_place_for_a_table(heldout: Any) -> None:
     with pytest.raises(ValueError, match="0 places for the table 'layers'"):
-        heldout.written("no markers", {"layers": "| a |"})
+        heldout.pages.written("no markers", {"layers": "| a |"})
 
 
 def test_the_shipped_bank_is_read_where_the_results_say(heldout: Any) -> None:
