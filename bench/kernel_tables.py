@@ -27,7 +27,7 @@ def cpu(found: dict[str, Any]) -> str:
             lines.append(f"| {case['tokens']} x {case['width']} | {numbers} | {add['torch'] / add[FORM]:.1f} |")
     lines += [
         "",
-        f"Measured by `python bench/cpu.py` on {found['provenance']['name']}; fp32 and the other forms are in bench/results/cpu.json.",
+        f"Measured by `python bench/cpu.py` on {found['provenance']['name']}; fp32 and other forms: bench/results/cpu.json.",
         "Torch's side is its best form: a product with a padded, contiguous bank, a norm, a gather and an in-place add.",
     ]
     return "\n".join(lines)
@@ -36,11 +36,10 @@ def cpu(found: dict[str, Any]) -> str:
 def gpu(found: dict[str, Any]) -> str:
     """The table of the GPU, in bf16."""
     results = found["results"]
-    ceilings = results["ceilings"]
+    copy, product = results["ceilings"]["copy_bytes_per_s"] / 1e12, results["ceilings"]["product_flop_per_s"] / 1e12
     lines = [
-        f"{found['provenance']['name']}, bf16, 171 concepts, microseconds, medians; every variant is compared with fp64 before it is timed.",
-        f"Copies ran at {ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s and bf16 products at {ceilings['product_flop_per_s'] / 1e12:.0f} TFLOP/s "
-        "in the same run.",
+        f"{found['provenance']['name']}, bf16, 171 concepts, median microseconds; each variant is checked against fp64 before it is timed.",
+        f"Copies ran at {copy:.2f} TB/s and bf16 products at {product:.0f} TFLOP/s in the same run.",
         "",
         "| tokens x width | work | floor | emovec | of the floor | portable form | torch | torch / emovec |",
         "|---|---|---|---|---|---|---|---|",
@@ -55,8 +54,8 @@ def gpu(found: dict[str, Any]) -> str:
     lines += [
         "",
         'Prefill is timed with rotated buffers, decode in graphs of 240 calls over 80 of them. "emovec" is the automatic choice:',
-        "`stream_sm90` from 2,048 tokens on, `decode_sm90` up to 512, portable between. torch: its best eager form (padded bank, fused norm,",
-        "gather, in-place add). Measured by `bench/gpu.sh time`; more in bench/results/gpu.json.",
+        "`stream_sm90` from 2,048 tokens on, `decode_sm90` up to 512, portable between. torch: its best eager form (padded bank, fused",
+        "norm, gather, in-place add). Measured by `bench/gpu.sh time`; more in bench/results/gpu.json.",
     ]
     return "\n".join(lines)
 
