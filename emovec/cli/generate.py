@@ -61,7 +61,7 @@ def generate(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """Generate text with a bias: `emovec generate "Describe your day." --bias calm=0.1`.
+    """Generate text with a bias: `emovec generate "Describe your day." --bias calm=0.05`.
 
     Exit code 3 if a guard stopped or refused.
     """
