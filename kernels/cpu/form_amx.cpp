@@ -69,28 +69,37 @@ void configure(int64_t first, int64_t second) {
 #endif
 }
 
-// Where the sums of one panel are kept, a row for each token.
+// Where the sums of one tile are kept, a row for each token.
 struct Sums {
   float* at;
-  int64_t stride;
-  float* below() const { return at + EV_AMX_ROWS * stride; }
-  int64_t bytes() const { return stride * int64_t(sizeof(float)); }
+  int64_t bytes;  // from one row to the next
 };
 
-// 17 to 32 tokens against two panels.
-void two_by_two(const bf16* x, const uint32_t* const* v, int64_t columns, const Sums* p, bool first) {
-  const int64_t x_bytes = EV_AMX_BLOCK * 2;
+// Tiles 0 to 3: from nothing, or from where they are kept; and back.
+void begin(const Sums* p, bool first) {
   if (first) {
     EV_ZERO(0);
     EV_ZERO(1);
     EV_ZERO(2);
     EV_ZERO(3);
   } else {
-    EV_LOAD(0, p[0].at, p[0].bytes());
-    EV_LOAD(1, p[1].at, p[1].bytes());
-    EV_LOAD(2, p[0].below(), p[0].bytes());
-    EV_LOAD(3, p[1].below(), p[1].bytes());
+    EV_LOAD(0, p[0].at, p[0].bytes);
+    EV_LOAD(1, p[1].at, p[1].bytes);
+    EV_LOAD(2, p[2].at, p[2].bytes);
+    EV_LOAD(3, p[3].at, p[3].bytes);
   }
+}
+
+void end(const Sums* p) {
+  EV_STORE(0, p[0].at, p[0].bytes);
+  EV_STORE(1, p[1].at, p[1].bytes);
+  EV_STORE(2, p[2].at, p[2].bytes);
+  EV_STORE(3, p[3].at, p[3].bytes);
+}
+
+// 17 to 32 tokens against two panels.
+void two_by_two(const bf16* x, const uint32_t* const* v, int64_t columns) {
+  const int64_t x_bytes = EV_AMX_BLOCK * 2;
   for (int64_t i = 0; i < columns; i += EV_AMX_STEP) {
     const int64_t at = i / EV_AMX_STEP * EV_AMX_PANEL;
     EV_LOAD(6, v[0] + at, 64);
@@ -102,26 +111,11 @@ void two_by_two(const bf16* x, const uint32_t* const* v, int64_t columns, const 
     EV_DOT(1, 4, 7);
     EV_DOT(3, 5, 7);
   }
-  EV_STORE(0, p[0].at, p[0].bytes());
-  EV_STORE(1, p[1].at, p[1].bytes());
-  EV_STORE(2, p[0].below(), p[0].bytes());
-  EV_STORE(3, p[1].below(), p[1].bytes());
 }
 
 // Up to 16 tokens against four panels: a sum takes three times as long as the next may start.
-void one_by_four(const bf16* x, const uint32_t* const* v, int64_t columns, const Sums* p, bool first) {
+void one_by_four(const bf16* x, const uint32_t* const* v, int64_t columns) {
   const int64_t x_bytes = EV_AMX_BLOCK * 2;
-  if (first) {
-    EV_ZERO(0);
-    EV_ZERO(1);
-    EV_ZERO(2);
-    EV_ZERO(3);
-  } else {
-    EV_LOAD(0, p[0].at, p[0].bytes());
-    EV_LOAD(1, p[1].at, p[1].bytes());
-    EV_LOAD(2, p[2].at, p[2].bytes());
-    EV_LOAD(3, p[3].at, p[3].bytes());
-  }
   for (int64_t i = 0; i < columns; i += EV_AMX_STEP) {
     const int64_t at = i / EV_AMX_STEP * EV_AMX_PANEL;
     EV_LOAD(4, x + i, x_bytes);
@@ -134,10 +128,6 @@ void one_by_four(const bf16* x, const uint32_t* const* v, int64_t columns, const
     EV_LOAD(5, v[3] + at, 64);
     EV_DOT(3, 4, 5);
   }
-  EV_STORE(0, p[0].at, p[0].bytes());
-  EV_STORE(1, p[1].at, p[1].bytes());
-  EV_STORE(2, p[2].at, p[2].bytes());
-  EV_STORE(3, p[3].at, p[3].bytes());
 }
 
 // One block of a group's x against all panels, some at a time; the last ones may be fewer, and what takes the missing
@@ -149,16 +139,20 @@ void all_panels(int64_t tokens, int64_t panels, const bf16* x, Panels<uint32_t> 
   for (int64_t z = 0; z < panels; z += together) {
     const uint32_t* readers[4];
     Sums sums[4];
-    for (int64_t i = 0; i < together; ++i) {
-      const bool there = z + i < panels;
-      readers[i] = v.at + (there ? z + i : z) * v.stride;
-      sums[i] = there ? Sums{p + (z + i) * EV_LANES, p_stride} : Sums{spare, EV_LANES};
+    for (int64_t i = 0; i < 4; ++i) {  // two by two: tiles 2 and 3 are the second tokens of panels 0 and 1
+      const int64_t panel = z + i % together, below = i / together * EV_AMX_ROWS;
+      const bool there = panel < panels;
+      readers[i] = v.at + (there ? panel : z) * v.stride;
+      const int64_t stride = there ? p_stride : EV_LANES;
+      sums[i] = {(there ? p + panel * EV_LANES : spare) + below * stride, stride * int64_t(sizeof(float))};
     }
+    begin(sums, first);
     if (two) {
-      two_by_two(x, readers, columns, sums, first);
+      two_by_two(x, readers, columns);
     } else {
-      one_by_four(x, readers, columns, sums, first);
+      one_by_four(x, readers, columns);
     }
+    end(sums);
   }
 }
 
