@@ -96,10 +96,10 @@ def _bias(text: str) -> dict[str, Any]:
         raise SteeringError(f"a bias of {len(text)} letters is longer than {MAX_JSON}")
     if text.lstrip().startswith("{"):
         try:
-            whole = json.loads(text)
+            whole: dict[str, Any] = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise SteeringError(f"bias is not JSON: {error}") from None
-        return whole if isinstance(whole, dict) else {}
+        return whole
     name, equals, value = text.partition("=")
     if not equals or not name.strip() or not value.strip():
         raise SteeringError(f"bias {text!r} is not NAME=VALUE, such as calm=0.05")

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from emovec.cli import demo_steps as steps
-from emovec.cli.common import DEFAULT, BankOption, DeviceOption, DtypeOption, ForceOption, ModelOption, load, out
+from emovec.cli.common import DEFAULT, BankOption, DeviceOption, DtypeOption, ModelOption, load, out
 from emovec.cli.read import coloured
 from emovec.report.tables import times
 
@@ -19,7 +19,6 @@ def demo(
     directory: Annotated[Path, typer.Option("--out", "-o", help="Where the page and the picture go.")] = Path("demo"),
     model: ModelOption = DEFAULT,
     bank: BankOption = None,
-    force: ForceOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
@@ -29,7 +28,6 @@ def demo(
     directory.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     network, tokenizer, loaded = load(model, bank, device=device, dtype=dtype)
-    loaded.check(network, tokenizer, force=force)
     on = steps.Loaded(network, tokenizer, loaded)
     kind = str(network.dtype).removeprefix("torch.")
     out.print(f"{model} in {kind} on {network.device}, {loaded!r}, loaded in {time.monotonic() - started:.0f} s", soft_wrap=True)

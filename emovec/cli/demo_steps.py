@@ -157,7 +157,6 @@ def guard(on: Loaded, ordinary: int = 40, tokens: int = 60) -> Guarded:
     layer = on.bank.read_layer
     lines = shipped("ordinary.jsonl").read_text(encoding="utf-8").splitlines()[:ordinary]
     with attach(on.model, on.bank, layers=[layer], tokenizer=on.tokenizer) as probe:
-        readings = []
         inputs = on.encode([json.loads(line)["content"] for line in lines])
         write(on, inputs, 24)
         readings = list(probe)
