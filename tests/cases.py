@@ -11,6 +11,19 @@ from torch import Tensor
 from emovec import ops, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MODES = {
+    "read": {"steer": False},
+    "add": {"rules": 0, "gates": False},
+    "gated_add": {"rules": 0},
+    "rules": {"gates": False},
+    "gated": {},
+    "residual": {"residual": True},
+    "readers": {"own_readers": True},
+    "strided": {"strided": True, "residual": True},
+    "steer_only": {"outputs": False},
+    "add_only": {"outputs": False, "rules": 0, "gates": False},
+}
+"""What a call does, as options of :func:`make`."""
 
 
 @dataclass

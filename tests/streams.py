@@ -8,6 +8,11 @@ from emovec import reference
 from emovec.models import decoder_layers
 from emovec.ops import Operands, Table
 
+CALM = {"calm": 0.3}
+RULES = {"afraid": {"at_most": -1.0}, "desperate": "ablate", "calm": {"add": 0.2, "when": "happy > 0"}}
+MIXED = [CALM, None, RULES, {"angry": {"set": 2.0}, "on": "generated"}]
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
 
 class Streams:
     """Plain hooks that note what each block puts out, call by call; steered by hand if told."""

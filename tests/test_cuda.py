@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from cases import DTYPES, Case, make, same_bits
+from cases import DTYPES, MODES, Case, make, same_bits
 
 from emovec import _host, ops
 
@@ -18,17 +18,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-MODES = {
-    "read": {"steer": False},
-    "add": {"rules": 0, "gates": False},
-    "rules": {"gates": False},
-    "gated": {},
-    "residual": {"residual": True},
-    "readers": {"own_readers": True},
-    "strided": {"strided": True, "residual": True},
-    "steer_only": {"outputs": False},
-    "add_only": {"rules": 0, "gates": False, "outputs": False},
-}
 # Ragged N in every tile size (16, 32, 64 and 128 tokens on 132 multiprocessors); d below, at and off a stage;
 # K off and at the padding and the pass.
 SHAPES = [

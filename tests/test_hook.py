@@ -7,17 +7,12 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from streams import Streams, assert_close
+from streams import CALM, GREEDY, MIXED, Streams, assert_close
 
 from emovec.bank import Bank, BankLayer
 from emovec.hook import attach
 
 torch.set_num_threads(1)
-
-CALM = {"calm": 0.3}
-RULES = {"afraid": {"at_most": -1.0}, "desperate": "ablate", "calm": {"add": 0.2, "when": "happy > 0"}}
-MIXED = [CALM, None, RULES, {"angry": {"set": 2.0}, "on": "generated"}]
-GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -7,17 +7,12 @@ import contextlib
 import pytest
 import tiny
 import torch
-from streams import Streams, assert_close, by_hand, untouched
+from streams import CALM, GREEDY, RULES, Streams, assert_close, by_hand, untouched
 
 from emovec.hook import attach
 from emovec.steer import Steering
 
 torch.set_num_threads(1)
-
-CALM = {"calm": 0.3}
-RULES = {"afraid": {"at_most": -1.0}, "desperate": "ablate", "calm": {"add": 0.2, "when": "happy > 0"}}
-MIXED = [CALM, None, RULES, {"angry": {"set": 2.0}, "on": "generated"}]
-GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from banks import run_examples
-from cases import DTYPES, Case, correlated, make, same_bits
+from cases import DTYPES, MODES, Case, correlated, make, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,19 +23,9 @@ SHAPES = [(1, 64, 1), (5, 512, 171), (8, 520, 16), (9, 1000, 171), (47, 576, 177
 @pytest.mark.parametrize("form", RUNNABLE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-@pytest.mark.parametrize("mode", ["read", "add", "rules", "gated", "residual", "readers", "strided", "steer_only"])
+@pytest.mark.parametrize("mode", MODES)
 def test_agrees_with_the_reference(form: str, dtype: torch.dtype, shape: tuple[int, int, int], mode: str) -> None:
-    options = {
-        "read": {"steer": False},
-        "add": {"rules": 0, "gates": False},
-        "rules": {"gates": False},
-        "gated": {},
-        "residual": {"residual": True},
-        "readers": {"own_readers": True},
-        "strided": {"strided": True, "residual": True},
-        "steer_only": {"outputs": False},
-    }[mode]
-    case = make(*shape, dtype, seed=hash((shape, mode)) % 1000, **options)
+    case = make(*shape, dtype, seed=hash((shape, mode)) % 1000, **MODES[mode])
     case.run(FORMS[form])
     case.check()
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPES, Case, correlated, make, same_bits
+from cases import DTYPES, MODES, Case, correlated, make, same_bits
 from torch.nn.functional import pad
 
 from emovec import _host, ops
@@ -87,19 +87,6 @@ def run(case: Case) -> None:
         operands = dataclasses.replace(operands, readers=pad(readers, (0, 0, 0, -len(readers) % ops.LANES)))
     backend.apply_(case.x, operands, case.table, case.row, residual=case.residual, scores=case.scores, sqnorm=case.sqnorm)
 
-
-MODES = {
-    "read": {"steer": False},
-    "add": {"rules": 0, "gates": False},
-    "gated_add": {"rules": 0},
-    "rules": {"gates": False},
-    "gated": {},
-    "residual": {"residual": True},
-    "readers": {"own_readers": True},
-    "strided": {"strided": True, "residual": True},
-    "steer_only": {"outputs": False},
-    "add_only": {"outputs": False, "rules": 0, "gates": False},
-}
 
 # Ragged N, more than a tile; d at and off the block, not a multiple of 8; K at and off the padding and the 192 of a pass.
 # A GPU compiles each mode for each (d, K), which takes longer than the tests.
