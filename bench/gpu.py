@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ DTYPE = torch.bfloat16
 # (name, tokens, width, calls a graph, sets of buffers). Prefill calls are larger than the L2 cache by themselves.
 PREFILL = [(f"prefill {width}", 16384, width, 6, 2) for width in (4096, 8192)]
 DECODE = [(f"decode {tokens}", tokens, 4096, 240, 80) for tokens in (1, 2, 4, 8, 16, 32, 64)]
+# Where one kernel takes over from another.
+MIDDLE = [(f"middle {tokens}", tokens, 4096, 24, 12) for tokens in (128, 256, 512, 1024, 2048, 4096)]
 
 
 @dataclass
@@ -184,15 +187,23 @@ def replay_times(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: in
 
 
 def ceilings() -> dict[str, float]:
-    """Bytes a second of a copy (read plus written), operations a second of a bf16 product; medians."""
+    """Bytes a second of a copy (read plus written) and of a sum (read), operations a second of a bf16 product; the fastest of some."""
     source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=DTYPE) for _ in range(2))
     c = torch.empty_like(a)
-    work = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=c)}
-    times = replay_times({name: (graph_of(call), 1) for name, call in work.items()}, 15)
-    median = {name: statistics.median(t) * 1e-6 for name, t in times.items()}
-    return {"copy_bytes_per_s": 2 * source.nbytes / median["copy"], "product_flop_per_s": 2 * 8192**3 / median["product"]}
+    work = {
+        "memcpy": (lambda: target.copy_(source), 2 * source.nbytes),
+        "negate": (lambda: torch.neg(source, out=target), 2 * source.nbytes),
+        "negate_bf16": (lambda: torch.neg(source.view(DTYPE), out=target.view(DTYPE)), 2 * source.nbytes),
+        "sum": (lambda: source.sum(), source.nbytes),
+        "product": (lambda: torch.mm(a, b, out=c), 2 * 8192**3),
+    }
+    times = replay_times({name: (graph_of(call), 1) for name, (call, _) in work.items()}, 15)
+    rate = {name: amount / statistics.median(times[name]) * 1e6 for name, (_, amount) in work.items()}
+    print({name: f"{value / 1e12:.2f} T/s" for name, value in rate.items()}, flush=True)
+    copy = max(rate["memcpy"], rate["negate"], rate["negate_bf16"])
+    return {"copy_bytes_per_s": copy, "read_bytes_per_s": rate["sum"], "product_flop_per_s": rate["product"]}
 
 
 def floor(tokens: int, width: int, work: str, limits: dict[str, float]) -> float:
@@ -205,11 +216,16 @@ def floor(tokens: int, width: int, work: str, limits: dict[str, float]) -> float
     return max(size / limits["copy_bytes_per_s"], flop / limits["product_flop_per_s"]) * 1e6
 
 
-def variants(compiled: bool) -> dict[str, Callable[[Buffers, str], None]]:
+def kernels() -> dict[str, int]:
+    """The CUDA forms by name."""
     from emovec import _host
 
-    kernels = {name: number for name, number in _host.kernels().items() if name != os.environ.get("EMOVEC_WITHOUT")}
-    found = {name.removeprefix("cuda_"): ours(number) for name, number in kernels.items() if name.startswith("cuda_")}
+    without = os.environ.get("EMOVEC_WITHOUT")
+    return {name: number for name, number in _host.kernels().items() if name.startswith("cuda_") and name != without}
+
+
+def variants(compiled: bool) -> dict[str, Callable[[Buffers, str], None]]:
+    found = {name.removeprefix("cuda_"): ours(number) for name, number in kernels().items()}
     found |= {"auto": ours(0), "triton": triton, "torch": torch_form}
     if compiled:
         found["compile"] = torch.compile(torch_form, dynamic=False)
@@ -256,14 +272,19 @@ def cases() -> Iterator[tuple[tuple[str, int, int, int, int], str]]:
     for shape in DECODE:
         for work in ("read", "add", "rules") if shape[1] in (1, 8, 64) else ("add",):
             yield shape, work
+    for shape in MIDDLE:
+        for work in ("read", "add", "rules"):
+            yield shape, work
 
 
-def time_all(out: Path, seconds: float, compiled: bool) -> None:
+def time_all(out: Path, seconds: float, compiled: bool, only: str) -> None:
     begin = time.monotonic()
     limits = ceilings()
     print(f"copy {limits['copy_bytes_per_s'] / 1e12:.2f} TB/s, bf16 product {limits['product_flop_per_s'] / 1e12:.0f} TFLOP/s", flush=True)
     results: list[Any] = []
     for (name, tokens, width, calls, sets), work in cases():
+        if not re.search(only, f"{name} {work}"):
+            continue
         if time.monotonic() - begin > seconds:
             print("out of time", flush=True)
             break
@@ -298,6 +319,12 @@ def small() -> None:
             torch.cuda.synchronize()
             case.check()
             print(f"{dtype} {tokens} x {width} on {concepts}: as the reference", flush=True)
+    stream = kernels().get("cuda_stream_sm90")
+    if stream and torch.cuda.get_device_capability() == (9, 0):
+        for dtype, residual in ((torch.bfloat16, True), (torch.float16, False)):
+            case = make(300, 520, 171, dtype, seed=1, residual=residual, device="cuda")
+            case.run(form=stream)
+            case.check()
     for tokens, width, concepts in [(40, 256, 1024), (20, 4096, 171), (3, 16384, 171), (5, 576, 256)]:
         case = make(tokens, width, concepts, torch.bfloat16, seed=1, rules=16, residual=True, device="cuda")
         case.run()
@@ -313,6 +340,7 @@ def main() -> None:
     parser.add_argument("what", choices=["small", "profile", "time"])
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu.json"))
     parser.add_argument("--seconds", type=float, default=130, help="begin no further case after this long")
+    parser.add_argument("--only", default="", help="the cases whose name and work match this pattern")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well; takes a minute more")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -322,7 +350,7 @@ def main() -> None:
     elif options.what == "profile":
         profile()
     else:
-        time_all(options.out, options.seconds, options.compile)
+        time_all(options.out, options.seconds, options.compile, options.only)
 
 
 if __name__ == "__main__":

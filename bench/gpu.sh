@@ -2,10 +2,11 @@
 # Everything that needs a GPU, in one run of a few minutes: `bench/gpu.sh [SECTION...]`, by default all in this order:
 #   abi       the libemovec.so at $LIB (default: the one in emovec/), built elsewhere, loads here and is right
 #   build     build and install in place
+#   host      instead of build: only the host-side module, to test and time the library that was brought (not among the default sections)
 #   stream    the stream kernel alone, quickly; it is the newest
 #   check     the tests that need a GPU
 #   sanitize  compute-sanitizer's memcheck and racecheck over a small script
-#   profile   ncu over one call of each kind (not among the default sections); writes profile.csv
+#   profile   ncu over one call of each kind (not among the default sections); writes profile.{ncu-rep,txt,csv} and source.csv
 #   time      bench/gpu.py: ceilings, prefill, decode; writes gpu.json
 # Each section has a limit, and one that fails does not stop the next. Logs go to $OUT (default: build/gpu).
 set -uo pipefail
@@ -49,6 +50,13 @@ build() {
   [ ! -f "$OUT/../carried.so" ] || cp "$OUT/../carried.so" emovec/libemovec.so
 }
 
+# Only the host-side module, for this Python, beside the library that was brought.
+host() {
+  "$PYTHON" -c "import emovec._host" 2>/dev/null && return
+  cmake -S . -B build/cmake-gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(command -v "$PYTHON")" -DEMOVEC_OUTPUT="$PWD/emovec" &&
+    cmake --build build/cmake-gpu --target _host
+}
+
 stream() {
   OMP_NUM_THREADS=4 "$PYTHON" -m pytest -q -p no:cacheprovider --tb=short --durations=3 tests/test_cuda_stream.py
 }
@@ -77,7 +85,10 @@ sanitize() {
 }
 
 profile() {
-  ncu --clock-control none --set full --csv --page details -k 'regex:portable|decode|stream' "$PYTHON" bench/gpu.py profile >"$OUT/profile.csv"
+  ncu --clock-control none --set full -f -o "$OUT/profile" -k 'regex:portable|decode|stream' "$PYTHON" bench/gpu.py profile >/dev/null
+  ncu --import "$OUT/profile.ncu-rep" --csv --page details >"$OUT/profile.csv"
+  ncu --import "$OUT/profile.ncu-rep" --page details >"$OUT/profile.txt"
+  ncu --import "$OUT/profile.ncu-rep" --csv --page source >"$OUT/source.csv"
   "$PYTHON" - "$OUT/profile.csv" <<'SUMMARY'
 import csv, sys
 shown = ("Duration", "Elapsed Cycles", "DRAM Throughput", "L2 Cache Throughput", "Executed Ipc Active", "No Eligible", "Registers Per Thread")
@@ -89,7 +100,7 @@ for launch in dict.fromkeys(row["ID"] for row in rows):
 SUMMARY
 }
 
-export -f abi build stream check sanitize profile
+export -f abi build host stream check sanitize profile
 export OUT PYTHON LIB
 [ $# -gt 0 ] || set -- abi build stream check sanitize time
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
@@ -97,6 +108,7 @@ for name in "$@"; do
   case $name in
     abi) section abi 60 8 bash -c abi ;;
     build) section build 150 16 bash -c build ;;
+    host) section host 100 4 bash -c host ;;
     stream) section stream 60 40 bash -c stream || leave_stream_out ;;
     check) section check 150 24 bash -c check ;;
     sanitize) section sanitize 120 16 bash -c sanitize ;;
