@@ -103,7 +103,7 @@ EV_INLINE void accumulate(F (&acc)[R][Z], Pairs x, Panels<uint32_t> v, int64_t c
 }
 
 template <class Isa, int R, int Z, class Stream, class T>
-void register_tile(Stream h, Panels<T> v, int64_t columns, float* p, int64_t p_stride, bool first) {
+__attribute__((noinline)) void register_tile(Stream h, Panels<T> v, int64_t columns, float* p, int64_t p_stride, bool first) {
   using V = Vec<Isa::W>;
   typename V::F acc[R][Z];
   for (int r = 0; r < R; ++r)
@@ -113,13 +113,23 @@ void register_tile(Stream h, Panels<T> v, int64_t columns, float* p, int64_t p_s
     for (int z = 0; z < Z; ++z) V::store(p + r * p_stride + z * Isa::W, acc[r][z]);
 }
 
-// All rows of the tile against Z vectors, which stay in L1 meanwhile.
+// `rows` rows, at most R, against Z vectors.
+template <class Isa, int R, int Z, class Stream, class T>
+EV_INLINE void some_rows(int64_t rows, Stream h, Panels<T> v, int64_t columns, float* p, int64_t p_stride, bool first) {
+  if constexpr (R > 1) {
+    if (rows < R) return some_rows<Isa, R - 1, Z>(rows, h, v, columns, p, p_stride, first);
+  }
+  register_tile<Isa, R, Z>(h, v, columns, p, p_stride, first);
+}
+
+// All rows of the tile against Z vectors, which stay in L1 meanwhile. The rows are taken in parts of much the same size: 4 and 4
+// keep the multipliers busier than 6 and 2.
 template <class Isa, int R, int Z, class Stream, class T>
 EV_INLINE void all_rows(int64_t rows, Stream h, Panels<T> v, int64_t columns, float* p, int64_t p_stride, bool first) {
-  if constexpr (R > 0) {
-    for (; rows >= R; rows -= R, h.at += R * h.stride, p += R * p_stride)
-      register_tile<Isa, R, Z>(h, v, columns, p, p_stride, first);
-    if (rows > 0) all_rows<Isa, R - 1, Z>(rows, h, v, columns, p, p_stride, first);
+  for (int64_t parts = (rows + R - 1) / R; parts > 0; --parts) {
+    const int64_t part = (rows + parts - 1) / parts;
+    some_rows<Isa, R, Z>(part, h, v, columns, p, p_stride, first);
+    rows -= part, h.at += part * h.stride, p += part * p_stride;
   }
 }
 
@@ -154,6 +164,7 @@ void stage(const ev_args& a, ev_range tokens, int64_t column, int64_t columns, f
     typename V::F square = *squares;
     int64_t i = 0;
     for (; i + Isa::W <= columns; i += Isa::W) {
+      if (i * sizeof(T) % 64 == 0) __builtin_prefetch(x + EV_BLOCK + i, 0, 2);  // the next block, to L2
       typename V::F value = V::load(x + i);
       if (residual) value += V::load(residual + i);
       V::store(h + i, value);
