@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* kernels/*.h 
 # Threads that wait by spinning starve each other as soon as something else runs: a forward pass then takes 40 times as long.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow test-engines bank lint clean
+.PHONY: demo test test-slow test-sanitized test-engines bank lint clean
 
 demo: $(VENV)/demo.stamp ## read, steer, clamp and guard a real model; writes demo/index.html
 	$(BIN)/emovec demo --out demo
@@ -17,8 +17,11 @@ demo: $(VENV)/demo.stamp ## read, steer, clamp and guard a real model; writes de
 test: $(VENV)/test.stamp ## the tests, in a few minutes
 	$(BIN)/python -m pytest -q -m "not slow and not engine"
 
-test-slow: $(VENV)/test.stamp ## the real model, the emulated AVX-512 forms
+test-slow: $(VENV)/test.stamp ## the real model, the emulated AVX-512 forms, the CPU code under sanitizers
 	$(BIN)/python -m pytest -q -m "slow and not engine"
+
+test-sanitized: $(VENV)/test.stamp ## of these the last alone
+	$(BIN)/python -m pytest -q tests/test_sanitized.py
 
 test-engines: $(VENV)/engines.stamp ## the same directions in llama.cpp
 	$(BIN)/python -m pytest -q -m engine
