@@ -10,24 +10,33 @@ namespace emovec {
 
 namespace {
 
+// What row j adds to a token, if that is all it does: without a gate or rules. Else null, as for no row (-1).
+const float* only_adds(const ev_args& a, int32_t j) {
+  const ev_table& t = a.table;
+  if (!t.delta || j < 0 || ev_is_concept(a, t.gate[2 * j])) return nullptr;
+  for (int64_t m = 0; m < t.rules; ++m)
+    if (ev_is_concept(a, t.rule_concept[j * t.rules + m])) return nullptr;
+  return t.delta + j * a.d;
+}
+
 // Adding alone needs no projection: only scores, gates and rules do.
 bool needs_projections(const ev_args& a) {
   if (a.scores) return true;
-  if (!a.table.delta) return false;
-  if (a.table.rules > 0) return true;
-  for (int64_t j = 0; j < a.table.rows; ++j)
-    if (a.table.gate[2 * j] >= 0) return true;
+  for (int32_t j = 0; a.table.delta && j < a.table.rows; ++j)
+    if (!only_adds(a, j)) return true;
   return false;
 }
 
-// One thread takes whole tokens: project, then finish while the tile is in cache.
+// One thread takes whole tokens: project, adding where nothing else is done, then finish while the tile is in cache.
 void run_tokens(const ev_args& a, const ev_cpu_form& form, ev_range tokens, ev_range concepts, int64_t tile) {
   alignas(64) float p[EV_CPU_TILE * EV_MAX_CONCEPTS];
   float sq[EV_CPU_TILE];
+  const float* adds[EV_CPU_TILE];
   for (int64_t t = tokens.begin; t < tokens.end; t += tile) {
     const ev_range part{t, std::min(t + tile, tokens.end)};
-    if (concepts.end > 0 || a.sqnorm) form.project(&a, part, concepts, p, a.k_padded, a.sqnorm ? sq : nullptr);
-    form.finish(&a, part, p, a.k_padded, sq);
+    for (int64_t i = part.begin; i < part.end; ++i) adds[i - t] = a.table.delta ? only_adds(a, ev_own_row(a, i)) : nullptr;
+    form.project(&a, part, concepts, p, a.k_padded, a.sqnorm ? sq : nullptr, adds);
+    form.finish(&a, part, p, a.k_padded, sq, adds);
   }
 }
 
@@ -38,9 +47,9 @@ void run_concepts(const ev_args& a, const ev_cpu_form& form) {
   const ev_range tokens{0, a.n};
   torch::stable::parallel_for(0, a.k_padded / EV_LANES, 1, [&](int64_t begin, int64_t end) {
     const ev_range concepts{begin * EV_LANES, end * EV_LANES};
-    form.project(&a, tokens, concepts, p + concepts.begin, a.k_padded, a.sqnorm && begin == 0 ? sq : nullptr);
+    form.project(&a, tokens, concepts, p + concepts.begin, a.k_padded, a.sqnorm && begin == 0 ? sq : nullptr, nullptr);
   });
-  form.finish(&a, tokens, p, a.k_padded, sq);
+  form.finish(&a, tokens, p, a.k_padded, sq, nullptr);
 }
 
 }  // namespace
@@ -57,9 +66,7 @@ void run(const ev_args& a, const ev_cpu_form& form) {
   const ev_cpu_plan plan = ev_plan_cpu(a.n, a.d, concepts.end, torch::stable::get_num_threads(), form.tile);
   if (plan.split == EV_SERIAL) return run_tokens(a, form, {0, a.n}, concepts, plan.tile);
   if (plan.split == EV_OVER_CONCEPTS) return run_concepts(a, form);
-  torch::stable::parallel_for(0, (a.n + plan.tile - 1) / plan.tile, 1, [&](int64_t begin, int64_t end) {
-    run_tokens(a, form, {begin * plan.tile, std::min(end * plan.tile, a.n)}, concepts, plan.tile);
-  });
+  torch::stable::parallel_for(0, a.n, EV_ROWS, [&](int64_t begin, int64_t end) { run_tokens(a, form, {begin, end}, concepts, plan.tile); });
 }
 
 }  // namespace emovec

@@ -61,9 +61,10 @@ struct ev_range {
 
 // The two halves of the op on a CPU. `project` fills raw projections p[token - tokens.begin][concept] for the padded
 // concepts of `concepts` (a multiple of 16 each way) and, if `sq` is not null, squared norms. `finish` takes the
-// complete projections and norms of a tile, writes scores and norms out, and steers.
-typedef void (*ev_cpu_project)(const ev_args*, ev_range tokens, ev_range concepts, float* p, int64_t p_stride, float* sq);
-typedef void (*ev_cpu_finish)(const ev_args*, ev_range tokens, const float* p, int64_t p_stride, const float* sq);
+// complete projections and norms of a tile, writes scores and norms out, and steers. `adds`, if not null, has for every
+// token the delta [d] that `project` adds to it, after which `finish` leaves it alone, or null.
+typedef void (*ev_cpu_project)(const ev_args*, ev_range tokens, ev_range concepts, float* p, int64_t p_stride, float* sq, const float* const* adds);
+typedef void (*ev_cpu_finish)(const ev_args*, ev_range tokens, const float* p, int64_t p_stride, const float* sq, const float* const* adds);
 struct ev_cpu_form {
   ev_cpu_project project;
   ev_cpu_finish finish;

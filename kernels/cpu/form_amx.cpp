@@ -161,18 +161,9 @@ void copy(const bf16* x, int64_t x_stride, int64_t tokens, int64_t columns, bf16
   for (int64_t t = 0; t < tokens; ++t) std::memcpy(to + t * EV_AMX_BLOCK, x + t * x_stride, columns * sizeof(bf16));
 }
 
-void square(const bf16* x, const bf16* residual, int64_t tokens, int64_t columns, Vec<16>::F* squares) {
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t i = 0; i < columns; i += 16) {
-      Vec<16>::F h = Vec<16>::load(x + t * EV_AMX_BLOCK + i);
-      if (residual) h += Vec<16>::load(residual + t * EV_AMX_BLOCK + i);
-      squares[t] += h * h;
-    }
-}
-
-void project_amx(const ev_args* args, ev_range tokens, ev_range concepts, float* p, int64_t p_stride, float* sq) {
+void project_amx(const ev_args* args, ev_range tokens, ev_range concepts, float* p, int64_t p_stride, float* sq, const float* const* adds) {
   const ev_args& a = *args;
-  if (a.dtype != EV_BF16 || a.d % EV_AMX_STEP != 0) return ev_form_avx512_bf16.project(args, tokens, concepts, p, p_stride, sq);
+  if (a.dtype != EV_BF16 || a.d % EV_AMX_STEP != 0) return ev_form_avx512_bf16.project(args, tokens, concepts, p, p_stride, sq, adds);
   const int64_t panel = a.d / 2 * EV_LANES, panels = (concepts.end - concepts.begin) / EV_LANES;
   const Panels<uint32_t> v{static_cast<const uint32_t*>(a.readers) + concepts.begin / EV_LANES * panel, panel};
   alignas(64) bf16 x[EV_AMX_GROUP * EV_AMX_BLOCK], residual[EV_AMX_GROUP * EV_AMX_BLOCK];
@@ -182,13 +173,19 @@ void project_amx(const ev_args* args, ev_range tokens, ev_range concepts, float*
     configure(std::min<int64_t>(count, EV_AMX_ROWS), std::max<int64_t>(count - EV_AMX_ROWS, 0));
     for (int64_t column = 0; column < a.d; column += EV_AMX_BLOCK) {
       const int64_t columns = std::min<int64_t>(EV_AMX_BLOCK, a.d - column);
-      copy(static_cast<const bf16*>(a.x) + t * a.x_stride + column, a.x_stride, count, columns, x);
+      bf16* of_x = static_cast<bf16*>(a.x) + t * a.x_stride + column;
+      copy(of_x, a.x_stride, count, columns, x);
       all_panels(count, panels, x, v.from(column / 2), columns, p, p_stride, column == 0);
       if (a.residual) {  // <x + residual, r> as two products: the sum itself may need more than 16 bits
         copy(static_cast<const bf16*>(a.residual) + t * a.residual_stride + column, a.residual_stride, count, columns, residual);
         all_panels(count, panels, residual, v.from(column / 2), columns, p, p_stride, false);
       }
-      if (sq) square(x, a.residual ? residual : nullptr, count, columns, squares);
+      if (!sq && !a.table.delta) continue;
+      for (int64_t i = 0; i < count; ++i) {
+        const float* delta = adds ? adds[t - tokens.begin + i] : nullptr;
+        pass<Avx512>(x + i * EV_AMX_BLOCK, a.residual ? residual + i * EV_AMX_BLOCK : nullptr, columns, nullptr, squares[i],
+                     delta ? delta + column : nullptr, of_x + i * a.x_stride);
+      }
     }
     if (sq)
       for (int64_t i = 0; i < count; ++i) sq[t - tokens.begin + i] = Vec<16>::sum(squares[i]);

@@ -154,52 +154,50 @@ EV_INLINE void block_of_tile(int64_t rows, int64_t vectors, Stream h, Panels<T> 
 
 // --- projections of a tile ------------------------------------------------------------------------------------------
 
-// h[t] = x[t] + residual[t] in fp32 for `columns` columns, zero-padded to an even number; squares[t] += h^2 by lanes.
+// What one reading of a block of a token's columns brings: h = x + residual in fp32, zero-padded to an even number, unless `h` is
+// null; the squares of that, by lanes; and, unless `delta` is null, `to` = x + delta, rounded once.
 template <class Isa, class T>
-void stage(const ev_args& a, ev_range tokens, int64_t column, int64_t columns, float* h, typename Vec<Isa::W>::F* squares) {
+void pass(const T* x, const T* residual, int64_t columns, float* h, typename Vec<Isa::W>::F& squares, const float* delta, T* to) {
   using V = Vec<Isa::W>;
-  for (int64_t t = tokens.begin; t < tokens.end; ++t, h += EV_BLOCK, ++squares) {
-    const T* x = static_cast<const T*>(a.x) + t * a.x_stride + column;
-    const T* residual = a.residual ? static_cast<const T*>(a.residual) + t * a.residual_stride + column : nullptr;
-    typename V::F square = *squares;
-    int64_t i = 0;
-    for (; i + Isa::W <= columns; i += Isa::W) {
-      if (i * sizeof(T) % 64 == 0) __builtin_prefetch(x + EV_BLOCK + i, 0, 2);  // the next block, to L2
-      typename V::F value = V::load(x + i);
-      if (residual) value += V::load(residual + i);
-      V::store(h + i, value);
-      square += value * value;
-    }
-    for (; i < columns; ++i) {
-      float value = widen(x[i]);
-      if (residual) value += widen(residual[i]);
-      h[i] = value;
-      square[0] += value * value;
-    }
-    if (i % 2) h[i] = 0.f;
-    *squares = square;
+  typename V::F sum = squares;
+  int64_t i = 0;
+  for (; i + Isa::W <= columns; i += Isa::W) {
+    if (h && i * sizeof(T) % 64 == 0) __builtin_prefetch(x + EV_BLOCK + i, 0, 2);  // the next block, to L2
+    const typename V::F own = V::load(x + i), value = residual ? own + V::load(residual + i) : own;
+    if (h) V::store(h + i, value);
+    sum += value * value;
+    if (delta) V::store(to + i, own + V::load(delta + i));
   }
+  for (; i < columns; ++i) {
+    const float own = widen(x[i]), value = residual ? own + widen(residual[i]) : own;
+    if (h) h[i] = value;
+    sum[0] += value * value;
+    if (delta) narrow(own + delta[i], to[i]);
+  }
+  if (h && i % 2) h[i] = 0.f;
+  squares = sum;
 }
 
+// The same of every token of a tile; h is [tokens, EV_BLOCK].
 template <class Isa, class T>
-void squares_of(const ev_args& a, ev_range tokens, int64_t column, int64_t columns, typename Vec<Isa::W>::F* squares) {
-  using V = Vec<Isa::W>;
-  for (int64_t t = tokens.begin; t < tokens.end; ++t, ++squares) {
-    const T* x = static_cast<const T*>(a.x) + t * a.x_stride + column;
-    int64_t i = 0;
-    for (; i + Isa::W <= columns; i += Isa::W) *squares += V::load(x + i) * V::load(x + i);
-    for (; i < columns; ++i) (*squares)[0] += widen(x[i]) * widen(x[i]);
+void pass(const ev_args& a, ev_range tokens, int64_t column, int64_t columns, float* h, typename Vec<Isa::W>::F* squares, const float* const* adds) {
+  for (int64_t t = tokens.begin; t < tokens.end; ++t, h = h ? h + EV_BLOCK : h, ++squares) {
+    T* x = static_cast<T*>(a.x) + t * a.x_stride + column;
+    const T* residual = a.residual ? static_cast<const T*>(a.residual) + t * a.residual_stride + column : nullptr;
+    const float* delta = adds ? adds[t - tokens.begin] : nullptr;
+    pass<Isa, T>(x, residual, columns, h, *squares, delta ? delta + column : nullptr, x);
   }
 }
 
 template <class Isa>
-void project(const ev_args* args, ev_range tokens, ev_range concepts, float* p, int64_t p_stride, float* sq) {
+void project(const ev_args* args, ev_range tokens, ev_range concepts, float* p, int64_t p_stride, float* sq, const float* const* adds) {
   using V = Vec<Isa::W>;
   const ev_args& a = *args;
   const int64_t count = tokens.end - tokens.begin, vectors = (concepts.end - concepts.begin) / Isa::W;
   const bool pairs = a.reader_dtype == EV_BF16;
   const bool direct = Isa::BF16_DOT && pairs && a.dtype == EV_BF16 && !a.residual && a.d % 2 == 0;
   alignas(64) float staged[EV_CPU_TILE * EV_BLOCK];
+  float* const wanted = vectors > 0 ? staged : nullptr;
   typename V::F squares[EV_CPU_TILE] = {};
   const int64_t pair_rows = (a.d + 1) / 2;
   const Panels<float> wide{static_cast<const float*>(a.readers) + concepts.begin * a.d, a.d * EV_LANES};
@@ -212,13 +210,13 @@ void project(const ev_args* args, ev_range tokens, ev_range concepts, float* p, 
       if (direct) {
         const Pairs x{static_cast<const bf16*>(a.x) + tokens.begin * a.x_stride + column, a.x_stride};
         block_of_tile<Isa, Isa::ROWS>(count, vectors, x, paired.from(column / 2), columns, p, p_stride, first);
-        if (sq) squares_of<Isa, bf16>(a, tokens, column, columns, squares);
+        if (sq || a.table.delta) pass<Isa, bf16>(a, tokens, column, columns, nullptr, squares, adds);
         continue;
       }
     }
-    if (a.dtype == EV_F32) stage<Isa, float>(a, tokens, column, columns, staged, squares);
-    if (a.dtype == EV_BF16) stage<Isa, bf16>(a, tokens, column, columns, staged, squares);
-    if (a.dtype == EV_F16) stage<Isa, f16>(a, tokens, column, columns, staged, squares);
+    if (a.dtype == EV_F32) pass<Isa, float>(a, tokens, column, columns, wanted, squares, adds);
+    if (a.dtype == EV_BF16) pass<Isa, bf16>(a, tokens, column, columns, wanted, squares, adds);
+    if (a.dtype == EV_F16) pass<Isa, f16>(a, tokens, column, columns, wanted, squares, adds);
     const Staged h{staged, EV_BLOCK};
     if (pairs) {
       block_of_tile<Isa, Isa::ROWS>(count, vectors, h, paired.from(column / 2), columns, p, p_stride, first);
@@ -267,7 +265,7 @@ void steer(const ev_args& a, int64_t token, const float* p) {
 }
 
 template <class Isa>
-void finish(const ev_args* args, ev_range tokens, const float* p, int64_t p_stride, const float* sq) {
+void finish(const ev_args* args, ev_range tokens, const float* p, int64_t p_stride, const float* sq, const float* const* adds) {
   using V = Vec<Isa::W>;
   const ev_args& a = *args;
   for (int64_t t = tokens.begin; t < tokens.end; ++t, p += p_stride) {
@@ -279,7 +277,7 @@ void finish(const ev_args* args, ev_range tokens, const float* p, int64_t p_stri
         V::store(scores + k, (V::load(p + k) - V::load(a.mean + k)) * V::load(a.inv_std + k));
       for (; k < a.k; ++k) scores[k] = ev_score(p[k], a.mean[k], a.inv_std[k]);
     }
-    if (!a.table.delta) continue;
+    if (!a.table.delta || (adds && adds[t - tokens.begin])) continue;
     if (a.dtype == EV_F32) steer<Isa, float>(a, t, p);
     if (a.dtype == EV_BF16) steer<Isa, bf16>(a, t, p);
     if (a.dtype == EV_F16) steer<Isa, f16>(a, t, p);

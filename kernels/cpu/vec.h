@@ -92,6 +92,15 @@ struct Vec {
 
   static EV_INLINE void store(float* to, F value) { std::memcpy(to, &value, sizeof value); }
   static EV_INLINE void store(bf16* to, F value) {  // round to nearest even; a NaN stays one
+#if defined(__AVX512BF16__)
+    if constexpr (W == 16) {
+      if (__builtin_expect(!_mm512_fpclass_ps_mask((__m512)value, 0x20), 1)) {  // the instruction would flush denormals
+        const __m256bh half = _mm512_cvtneps_pbh((__m512)value);
+        std::memcpy(to, &half, sizeof half);
+        return;
+      }
+    }
+#endif
     const U bits = (U)value;
     const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const U quiet = (bits >> 16) | 0x40u;
