@@ -157,7 +157,7 @@ class Tracker:
         batch, width = given.shape[:2]
         generation = self._generation
         if generation is None:
-            past = _cache_length(inputs)
+            past = _cache_length(inputs, captured=self._end)
             fresh = past == 0 or past > self._end or batch != self._batch
             prompt = width if past == 0 or width > 1 else 0
             span = Span(batch, width, past, prompt, ids, _real(inputs.get("attention_mask"), past, width), fresh, False, batch)
@@ -332,17 +332,23 @@ def _filler(config: Any) -> int:
     return 0
 
 
-def _cache_length(inputs: dict[str, Any], unknown: int | None = None) -> int:
-    """How many tokens the KV cache among the inputs holds."""
+def _cache_length(inputs: dict[str, Any], unknown: int | None = None, captured: int = 0) -> int:
+    """How many tokens the KV cache among the inputs holds; ``captured``, where the pass is captured and only the GPU knows."""
     cache = next((inputs[name] for name in ("past_key_values", "cache_params") if inputs.get(name) is not None), None)
     if cache is None:
         return 0
     try:
-        return int(cache.get_seq_length())
+        length = cache.get_seq_length()
+        return captured if _is_captured(length) else int(length)
     except (AttributeError, ValueError) as error:
         if unknown is not None:
             return unknown
         raise ValueError(f"cannot tell how many tokens a {type(cache).__name__} holds; inside generate it is not needed") from error
+
+
+def _is_captured(length: Any) -> bool:
+    """Whether a CUDA graph is being captured around ``length``, so that it must stay where it is."""
+    return isinstance(length, Tensor) and length.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _real(mask: Any, past: int, width: int) -> Tensor | None:
