@@ -15,7 +15,7 @@
 namespace {
 
 enum : int64_t {
-  EV_BLOCK = 256,  // columns of d at a time: one panel of readers is then 8 KB (bf16) or 16 KB (fp32) and stays in L1
+  EV_BLOCK = 256,  // columns of d at a time where they are staged; of bf16 pairs twice that: a panel's block is then at most 16 KB
 };
 
 // Readers are packed in panels of 16 concepts, so that the innermost loop reads them as a few contiguous streams.
@@ -203,8 +203,9 @@ void project(const ev_args* args, ev_range tokens, ev_range concepts, float* p, 
   const Panels<float> wide{static_cast<const float*>(a.readers) + concepts.begin * a.d, a.d * EV_LANES};
   const Panels<uint32_t> paired{static_cast<const uint32_t*>(a.readers) + concepts.begin * pair_rows, pair_rows * EV_LANES};
 
-  for (int64_t column = 0; column < a.d; column += EV_BLOCK) {
-    const int64_t columns = a.d - column < EV_BLOCK ? a.d - column : EV_BLOCK;
+  const int64_t block = vectors == 0 ? a.d : direct ? 2 * EV_BLOCK : EV_BLOCK;
+  for (int64_t column = 0; column < a.d; column += block) {
+    const int64_t columns = std::min(block, a.d - column);
     const bool first = column == 0;
     if constexpr (Isa::BF16_DOT) {
       if (direct) {
