@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* kernels/*.h 
 # Threads that wait by spinning starve each other as soon as something else runs: a forward pass then takes 40 times as long.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow test-sanitized test-engines bank lint clean
+.PHONY: demo test test-slow test-sanitized test-engines bench bank lint clean
 
 demo: $(VENV)/demo.stamp ## read, steer, clamp and guard a real model; writes demo/index.html
 	$(BIN)/emovec demo --out demo
@@ -25,6 +25,9 @@ test-sanitized: $(VENV)/test.stamp ## of these the last alone
 
 test-engines: $(VENV)/engines.stamp ## the same directions in llama.cpp
 	$(BIN)/python -m pytest -q -m engine
+
+bench: $(VENV)/bench.stamp ## the op on a CPU beside the core's peak, torch and other packages: three minutes, on a machine that is otherwise idle
+	env -u OMP_WAIT_POLICY $(BIN)/python bench/cpu.py
 
 bank: $(VENV)/demo.stamp ## the shipped bank, anew: some minutes
 	OMP_NUM_THREADS=1 $(BIN)/emovec extract smollm2-135m-instruct --out emovec/data/banks/smollm2-135m-instruct.safetensors --dtype bf16 \
@@ -55,6 +58,12 @@ $(VENV)/demo.stamp: $(VENV)/build.stamp pyproject.toml
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp
 	$(PIP) --no-build-isolation -e '.[dev,triton]'
+	touch $@
+
+# The two packages ask for transformers below 5 and numpy below 2; what bench/peers.py uses of them runs with ours.
+$(VENV)/bench.stamp: $(VENV)/demo.stamp pyproject.toml
+	$(PIP) --no-build-isolation -e '.[bench]'
+	$(PIP) --no-deps steering-vectors repeng
 	touch $@
 
 # llama-cpp-python comes as source. Only its library is built, lightly optimised and for any x86-64-v3: under 3 minutes of one core.
