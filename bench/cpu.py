@@ -64,6 +64,7 @@ def main() -> None:
         "peers": peers.versions(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "load_before": load,
+        "empty_call_us": empty_call(),
         "cases": cases,
         "two_threads": two,
     }
@@ -222,6 +223,12 @@ def two_threads(width: int, tokens: int) -> list[dict[str, Any]]:
     return found
 
 
+def empty_call() -> list[float]:
+    """Microseconds of a call on no tokens: Python, torch's dispatcher and the checks."""
+    shape = Shape(torch.bfloat16, 576, 0)
+    return summary(in_turns({"empty": lambda: apply_(shape.x, shape.operands, scores=shape.scores)}))["empty"]
+
+
 def on(threads: int, call: Call) -> Call:
     def run() -> None:
         if torch.get_num_threads() != threads:
@@ -304,6 +311,7 @@ def table(results: Mapping[str, Any]) -> str:
         lines.append(line(entry, results["form"]))
         if entry["dtype"] == "fp32" and entry["work"] == "read" and results["form"] != "cpu_avx2":
             lines.append(line(entry, "cpu_avx2"))
+    lines += ["", "a call on no tokens: {:.1f} {:.1f} {:.1f} us".format(*results["empty_call_us"])]
     lines += ["", f"{'two threads against one':<34}{'emovec':>9}{'torch':>9}"]
     for entry in results["two_threads"]:
         speedup = entry["speedup"]

@@ -5,7 +5,7 @@
 namespace {
 struct Avx512 {
   static constexpr int W = 16, ROWS = 6;
-  static constexpr int VECTORS[ROWS + 1] = {0, 6, 8, 6, 5, 4, 4};
+  static constexpr int VECTORS[ROWS + 1] = {0, 6, 8, 6, 4, 4, 4};
   static constexpr bool BF16_DOT = false;
 };
 }  // namespace
