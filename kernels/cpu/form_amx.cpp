@@ -143,7 +143,7 @@ void all_panels(int64_t tokens, int64_t panels, const bf16* x, Panels<uint32_t> 
       const int64_t panel = z + i % together, below = i / together * EV_AMX_ROWS;
       const bool there = panel < panels;
       readers[i] = v.at + (there ? panel : z) * v.stride;
-      const int64_t stride = there ? p_stride : EV_LANES;
+      const int64_t stride = there ? p_stride : int64_t(EV_LANES);
       sums[i] = {(there ? p + panel * EV_LANES : spare) + below * stride, stride * int64_t(sizeof(float))};
     }
     begin(sums, first);

@@ -15,7 +15,8 @@
 namespace {
 
 enum : int64_t {
-  EV_BLOCK = 256,  // columns of d at a time where they are staged; of bf16 pairs twice that: a panel's block is then at most 16 KB
+  EV_BLOCK = 256,          // columns of d at a time where they are staged: the staged tile is then 48 KB
+  EV_DIRECT_BLOCK = 1024,  // and where they are not: the fewer the blocks, the less sums are stored and loaded
 };
 
 // Readers are packed in panels of 16 concepts, so that the innermost loop reads them as a few contiguous streams.
@@ -162,7 +163,7 @@ void pass(const T* x, const T* residual, int64_t columns, float* h, typename Vec
   typename V::F sum = squares;
   int64_t i = 0;
   for (; i + Isa::W <= columns; i += Isa::W) {
-    if (h && i * sizeof(T) % 64 == 0) __builtin_prefetch(x + EV_BLOCK + i, 0, 2);  // the next block, to L2
+    if (h && i * sizeof(T) % 64 == 0) __builtin_prefetch(x + columns + i, 0, 2);  // the next block, to L2
     const typename V::F own = V::load(x + i), value = residual ? own + V::load(residual + i) : own;
     if (h) V::store(h + i, value);
     sum += value * value;
@@ -203,7 +204,8 @@ void project(const ev_args* args, ev_range tokens, ev_range concepts, float* p, 
   const Panels<float> wide{static_cast<const float*>(a.readers) + concepts.begin * a.d, a.d * EV_LANES};
   const Panels<uint32_t> paired{static_cast<const uint32_t*>(a.readers) + concepts.begin * pair_rows, pair_rows * EV_LANES};
 
-  const int64_t block = vectors == 0 ? a.d : direct ? 2 * EV_BLOCK : EV_BLOCK;
+  const int64_t most = vectors == 0 ? a.d : direct ? EV_DIRECT_BLOCK : EV_BLOCK, blocks = (a.d + most - 1) / most;
+  const int64_t block = ((a.d + blocks - 1) / blocks + EV_LANES - 1) / EV_LANES * EV_LANES;  // all much the same
   for (int64_t column = 0; column < a.d; column += block) {
     const int64_t columns = std::min(block, a.d - column);
     const bool first = column == 0;
