@@ -1,7 +1,7 @@
 """The op on a CPU beside the core's peak, torch's best form of the same work, and the hooks of other packages: `make bench`.
 
-Everything runs in turns in one process, on one thread, by the thread's own processor time; at the end one call is spread over two
-threads, by the wall's clock. What is timed:
+One call is spread over two threads first, by the wall's clock; then everything runs in turns in one process, on one thread, by the
+thread's own processor time. What is timed:
 
 - read: 171 scores a token. torch: the fastest of a product with the bank transposed, padded to 176 columns and contiguous,
   `linear` with the bank as it is, `addmm` with a bias, and for one token `mv`.
@@ -52,11 +52,11 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     peak, load = peaks(), round(os.getloadavg()[0], 2)
+    two = [found for width in WIDTHS for tokens in (512, 2048) for found in two_threads(width, tokens)]
     cases: list[dict[str, Any]] = []
     for name, width, tokens in product(DTYPES, WIDTHS, TOKENS):
         print(f"{name} {tokens} x {width}", file=sys.stderr)
         cases += case(name, width, tokens, peak)
-    two = [found for width in WIDTHS for tokens in (512, 2048) for found in two_threads(width, tokens)]
     results = {
         "concepts": CONCEPTS,
         "form": FORM,
