@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import statistics
 import time
@@ -220,8 +219,7 @@ def kernels() -> dict[str, int]:
     """The CUDA forms by name."""
     from emovec import _host
 
-    without = os.environ.get("EMOVEC_WITHOUT")
-    return {name: number for name, number in _host.kernels().items() if name.startswith("cuda_") and name != without}
+    return {name: number for name, number in _host.kernels().items() if name.startswith("cuda_")}
 
 
 def variants(compiled: bool) -> dict[str, Callable[[Buffers, str], None]]:
@@ -319,11 +317,11 @@ def small() -> None:
             torch.cuda.synchronize()
             case.check()
             print(f"{dtype} {tokens} x {width} on {concepts}: as the reference", flush=True)
-    stream = kernels().get("cuda_stream_sm90")
-    if stream and torch.cuda.get_device_capability() == (9, 0):
-        for dtype, residual in ((torch.bfloat16, True), (torch.float16, False)):
-            case = make(300, 520, 171, dtype, seed=1, residual=residual, device="cuda")
-            case.run(form=stream)
+    streams = [number for name, number in kernels().items() if "stream" in name] if torch.cuda.get_device_capability() == (9, 0) else []
+    for form in streams:
+        for dtype, residual, rules in ((torch.bfloat16, True, 3), (torch.float16, False, 3), (torch.bfloat16, False, 0)):
+            case = make(150, 1160, 171, dtype, seed=1, residual=residual, rules=rules, gates=rules > 0, device="cuda")
+            case.run(form=form)
             case.check()
     for tokens, width, concepts in [(40, 256, 1024), (20, 4096, 171), (3, 16384, 171), (5, 576, 256)]:
         case = make(tokens, width, concepts, torch.bfloat16, seed=1, rules=16, residual=True, device="cuda")

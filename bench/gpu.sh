@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one run of a few minutes: `bench/gpu.sh [SECTION...]`, by default all in this order:
-#   abi       the libemovec.so at $LIB (default: the one in emovec/), built elsewhere, loads here and is right
-#   build     build and install in place
+#   build     build and install in place; then put back the libemovec.so at $LIB (default: the one in emovec/) if there was one
+#   abi       the library, built here or elsewhere, loads here and is right
 #   host      instead of build: only the host-side module, to test and time the library that was brought (not among the default sections)
-#   stream    the stream kernel alone, quickly; it is the newest
 #   check     the tests that need a GPU
 #   sanitize  compute-sanitizer's memcheck and racecheck over a small script
 #   profile   ncu over one call of each kind (not among the default sections); writes profile.{ncu-rep,txt,csv} and source.csv
@@ -14,7 +13,6 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-build/gpu}
 PYTHON=${PYTHON:-python3}
 LIB=${LIB:-emovec/libemovec.so}
-WITHOUT_STREAM=${WITHOUT_STREAM:-build/without-stream.so}
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD:$PWD/tests
 
@@ -29,47 +27,32 @@ section() { # NAME SECONDS LINES COMMAND...
   return $status
 }
 
-abi() {
-  if [ ! -f "$LIB" ]; then
-    echo "no library at $LIB"
-    return 1
-  fi
-  [ "$LIB" -ef emovec/libemovec.so ] || cp "$LIB" emovec/libemovec.so
-  cp emovec/libemovec.so "$OUT/../carried.so"
-  "$PYTHON" bench/gpu.py small
-}
-
 build() {
+  # What was built elsewhere is what users get, so it is what is tested and timed.
+  [ ! -f "$LIB" ] || cp "$LIB" "$OUT/../carried.so"
   rm -rf build/cmake-* emovec/*.so
   "$PYTHON" -m pip install -q --no-build-isolation --no-deps -e .
   "$PYTHON" -c "from emovec import _host; print(_host.kernels())"
   g++ --version | head -1
   g++ -print-file-name=libstdc++.so
   ldd emovec/libemovec.so
-  # What was built elsewhere is what users get, so it is what is tested and timed.
   [ ! -f "$OUT/../carried.so" ] || cp "$OUT/../carried.so" emovec/libemovec.so
+}
+
+abi() {
+  "$PYTHON" bench/gpu.py small
 }
 
 # Only the host-side module, for this Python, beside the library that was brought.
 host() {
+  ln -sfn ../kernels/triton emovec/triton  # as an installation has it
   "$PYTHON" -c "import emovec._host" 2>/dev/null && return
   cmake -S . -B build/cmake-gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(command -v "$PYTHON")" -DEMOVEC_OUTPUT="$PWD/emovec" &&
     cmake --build build/cmake-gpu --target _host
 }
 
-stream() {
-  OMP_NUM_THREADS=4 "$PYTHON" -m pytest -q -p no:cacheprovider --tb=short --durations=3 tests/test_cuda_stream.py
-}
-
-# What follows leaves the stream kernel out; the automatic choice too, if $WITHOUT_STREAM, a library where it is off, was brought.
-leave_stream_out() {
-  export EMOVEC_WITHOUT=cuda_stream_sm90
-  [ ! -f "$WITHOUT_STREAM" ] || cp "$WITHOUT_STREAM" emovec/libemovec.so
-  echo "the stream kernel is left out"
-}
-
 check() {
-  local files=(tests/test_cuda.py tests/test_cuda_binary.py) workers=()
+  local files=(tests/test_cuda.py tests/test_cuda_stream.py tests/test_cuda_binary.py tests/test_hook_captured.py) workers=()
   [ -f tests/test_triton.py ] && files+=(tests/test_triton.py)
   "$PYTHON" -c "import xdist" 2>/dev/null && workers=(-n 12)
   OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -p no:cacheprovider -m "not engine" -k "not length" "${workers[@]}" --maxfail=40 --tb=short --durations=5 "${files[@]}"
@@ -100,16 +83,15 @@ for launch in dict.fromkeys(row["ID"] for row in rows):
 SUMMARY
 }
 
-export -f abi build host stream check sanitize profile
+export -f abi build host check sanitize profile
 export OUT PYTHON LIB
-[ $# -gt 0 ] || set -- abi build stream check sanitize time
+[ $# -gt 0 ] || set -- build abi check sanitize time
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
 for name in "$@"; do
   case $name in
     abi) section abi 60 8 bash -c abi ;;
     build) section build 150 16 bash -c build ;;
     host) section host 100 4 bash -c host ;;
-    stream) section stream 60 40 bash -c stream || leave_stream_out ;;
     check) section check 150 24 bash -c check ;;
     sanitize) section sanitize 120 16 bash -c sanitize ;;
     profile) section profile 150 40 bash -c profile ;;

@@ -50,6 +50,9 @@ enum ev_kernel : int32_t {
   EV_CUDA_PORTABLE = 16,
   EV_CUDA_DECODE_SM90 = 17,
   EV_CUDA_STREAM_SM90 = 18,
+  EV_CUDA_STREAM_SM90_BY_2 = 19,  // blocks share a tile of tokens
+  EV_CUDA_STREAM_SM90_BY_4 = 20,
+  EV_CUDA_STREAM_SM90_BY_8 = 21,
 };
 
 extern "C" {

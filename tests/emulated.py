@@ -57,9 +57,9 @@ def cuda_headers() -> Path | None:
 
 @cache
 def build() -> Callable[..., int]:
-    """``run(case, multiprocessors=132, shared=SHARED, cluster=0, stream=False)``: the portable kernel, or with ``cluster`` > 0 the
-    decode kernel on a GPU that has clusters of that many blocks, or the stream kernel. Returns 0, or NO_KERNEL where the kernel
-    cannot run the call."""
+    """``run(case, multiprocessors=132, shared=SHARED, cluster=0, stream=0)``: the portable kernel; with ``cluster`` > 0 the decode
+    kernel on a GPU that has clusters of that many blocks; with ``stream`` > 0 the stream kernel with so many blocks to a tile.
+    Returns 0, or NO_KERNEL where the kernel cannot run the call."""
     headers, compiler = cuda_headers(), shutil.which("c++")
     if headers is None or compiler is None:
         pytest.skip("no CUDA headers or no C++ compiler")
@@ -74,7 +74,7 @@ def build() -> Callable[..., int]:
     function = ctypes.CDLL(str(library)).ev_emulated_apply
     shutil.rmtree(library.parent)  # it stays loaded
 
-    def run(case: Case, multiprocessors: int = 132, shared: int = SHARED, cluster: int = 0, stream: bool = False) -> int:
+    def run(case: Case, multiprocessors: int = 132, shared: int = SHARED, cluster: int = 0, stream: int = 0) -> int:
         o = case.operands
         concepts, width = o.directions.shape
         readers = torch.zeros(concepts + -concepts % 16, width, dtype=case.x.dtype)  # as they are packed for a GPU
@@ -95,7 +95,7 @@ def build() -> Callable[..., int]:
             a.scores, a.scores_stride = case.scores.data_ptr(), case.scores.stride(0)
         if case.sqnorm is not None:
             a.sqnorm = case.sqnorm.data_ptr()
-        kernel = STREAM if stream else DECODE if cluster else PORTABLE
+        kernel = STREAM + stream.bit_length() - 1 if stream else DECODE if cluster else PORTABLE
         result = function(ctypes.byref(a), kernel, multiprocessors, shared, cluster)
         assert result in (0, NO_KERNEL)
         return int(result)

@@ -27,6 +27,7 @@ cudaError_t describe(ev::Device& device) {
   if ((error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index)) != cudaSuccess) return error;
   if ((error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index)) != cudaSuccess) return error;
   device.capability = major * 10 + minor;
+  for (int log = 0; log < 4; ++log) device.stream_clusters[log] = device.capability == 90 ? ev::stream_sm90_clusters(device, 1 << log) : 0;
   device.cluster = major == 9 || major == 10 ? ev::decode_sm90_cluster(device.shared_bytes) : 0;
   if (index < kDevices) {
     ev::Device* expected = nullptr;
@@ -36,20 +37,24 @@ cudaError_t describe(ev::Device& device) {
   return cudaSuccess;
 }
 
-// Up to about kDecodeTokens clusters of blocks are faster than a block for each tile; from about kStreamTokens on, where the
-// portable kernel's small tiles no longer fit the GPU at once, streaming is. INT64_MAX turns streaming off.
-constexpr int64_t kDecodeTokens = 512, kStreamTokens = 2048;
+// Up to about here the decode kernel's small tiles are faster than streaming.
+constexpr int64_t kDecodeTokens = 192;
+
+int stream_ranks(int32_t kernel) { return 1 << (kernel - EV_CUDA_STREAM_SM90); }
 
 int32_t fastest(const ev_args& a, const ev::Device& device) {
   if (a.n <= kDecodeTokens && ev::decode_sm90_runs(a, device)) return EV_CUDA_DECODE_SM90;
-  if (a.n >= kStreamTokens && ev::stream_sm90_runs(a, device)) return EV_CUDA_STREAM_SM90;
-  return EV_CUDA_PORTABLE;
+  if (!ev::stream_sm90_runs(a, device, 1)) return EV_CUDA_PORTABLE;
+  // As many blocks to a tile as run at once.
+  int log = 3;
+  while (log > 0 && (a.n + 127) / 128 > device.stream_clusters[log]) --log;
+  return EV_CUDA_STREAM_SM90 + log;
 }
 
 }  // namespace
 
 extern "C" int ev_cuda_apply(const ev_args* args, int32_t kernel, void* stream) {
-  if (kernel != EV_AUTO && (kernel < EV_CUDA_PORTABLE || kernel > EV_CUDA_STREAM_SM90)) return EV_NO_KERNEL;
+  if (kernel != EV_AUTO && (kernel < EV_CUDA_PORTABLE || kernel > EV_CUDA_STREAM_SM90_BY_8)) return EV_NO_KERNEL;
   const bool writes = args->table.delta || args->scores || args->sqnorm;
   if (args->n == 0 || !writes) return cudaSuccess;
   ev::Device device{};
@@ -60,7 +65,10 @@ extern "C" int ev_cuda_apply(const ev_args* args, int32_t kernel, void* stream) 
   switch (kernel) {
     case EV_CUDA_PORTABLE: return ev::apply_portable(*args, device, on);
     case EV_CUDA_DECODE_SM90: return ev::decode_sm90_runs(*args, device) ? ev::apply_decode_sm90(*args, device, on) : EV_NO_KERNEL;
-    default: return ev::stream_sm90_runs(*args, device) ? ev::apply_stream_sm90(*args, device, on) : EV_NO_KERNEL;
+    default: {
+      const int ranks = stream_ranks(kernel);
+      return ev::stream_sm90_runs(*args, device, ranks) ? ev::apply_stream_sm90(*args, device, ranks, on) : EV_NO_KERNEL;
+    }
   }
 }
 

@@ -48,13 +48,24 @@ __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster
 __device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
-// What lies at this place of shared memory in block `rank` of the cluster.
-__device__ __forceinline__ float load_from(const float* shared, int rank) {
-  uint32_t at;
-  float value;
+// What lies at this place of shared memory in block `rank` of the cluster: 4 bytes.
+template <class V>
+__device__ __forceinline__ V load_from(const V* shared, int rank) {
+  static_assert(sizeof(V) == 4, "a register");
+  uint32_t at, bits;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(shared)), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(at));
+  asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(bits) : "r"(at));
+  V value;
+  memcpy(&value, &bits, 4);
   return value;
+}
+// Four floats at once; `shared` is a multiple of 16.
+__device__ __forceinline__ float4 load_four_from(const float* shared, int rank) {
+  uint32_t at;
+  float4 v;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(shared)), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at));
+  return v;
 }
 
 #endif

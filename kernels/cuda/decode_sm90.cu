@@ -253,14 +253,11 @@ class Decode {
       float sum = 0.f;
 #pragma unroll 1
       for (int i = lane; i * V::kSize < layout.slice; i += 32) {
-        const V x = reinterpret_cast<const V*>(tokens + t * layout.token_bytes)[i];
-        V other{};
-        if (residual) other = reinterpret_cast<const V*>(residual + t * layout.token_bytes)[i];
+        float h[V::kSize], other[V::kSize] = {};
+        V::load(tokens + t * layout.token_bytes + i * sizeof(V)).widen(h);
+        if (residual) V::load(residual + t * layout.token_bytes + i * sizeof(V)).widen(other);
 #pragma unroll
-        for (int e = 0; e < V::kSize; ++e) {
-          const float h = to_float(x.value[e]) + to_float(other.value[e]);
-          sum += h * h;
-        }
+        for (int e = 0; e < V::kSize; ++e) sum += (h[e] + other[e]) * (h[e] + other[e]);
       }
       for (int distance = 1; distance < 32; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
       if (lane == 0) partial[t * layout.pitch + a.k_padded] = sum;
@@ -288,9 +285,7 @@ class Decode {
       const int t = token_of(half);
       if (j < 0) continue;
       const float* solved = c ? c + t * EV_MAX_RULES : nullptr;
-      const int64_t end = column + layout.slice;
-#pragma unroll 1
-      for (int64_t begin = column; begin < end; begin += kSpan<T, kVectors>) steer_span<T, kVectors>(a, first + t, j, solved, begin, end);
+      steer_columns<T, kVectors>(a, first + t, j, solved, column, column + layout.slice);
     }
   }
 
@@ -311,7 +306,7 @@ class Decode {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) decode(const __grid_constant__ ev_args a, const __grid_constant__ DecodeLayout layout) {
-  EV_DYNAMIC_SHARED(shared);
+  EV_DYNAMIC_SHARED(shared, 128);
   Decode<T>(a, layout, shared).run();
 }
 

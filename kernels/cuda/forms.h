@@ -11,6 +11,7 @@ struct Device {
   int shared_bytes;  // a block can have
   int capability;    // 90 for sm_90
   int cluster;       // the most blocks a cluster of decode_sm90 can have, 0 where it cannot run
+  int stream_clusters[4];  // clusters of 1, 2, 4 and 8 blocks of stream_sm90 that can run at once
 };
 
 cudaError_t apply_portable(const ev_args& a, const Device& device, cudaStream_t stream);
@@ -19,7 +20,9 @@ bool decode_sm90_runs(const ev_args& a, const Device& device);
 cudaError_t apply_decode_sm90(const ev_args& a, const Device& device, cudaStream_t stream);
 int decode_sm90_cluster(int shared_bytes);  // for Device; asks the current device, which must be of sm_90 or sm_100
 
-bool stream_sm90_runs(const ev_args& a, const Device& device);
-cudaError_t apply_stream_sm90(const ev_args& a, const Device& device, cudaStream_t stream);
+// `ranks`: how many blocks share a tile of tokens.
+bool stream_sm90_runs(const ev_args& a, const Device& device, int ranks);
+cudaError_t apply_stream_sm90(const ev_args& a, const Device& device, int ranks, cudaStream_t stream);
+int stream_sm90_clusters(const Device& device, int ranks);  // for Device; asks the current device, which must be of sm_90
 
 }  // namespace ev

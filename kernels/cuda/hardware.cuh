@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(EV_EMULATE)
 #include "emulate.h"
@@ -44,6 +45,11 @@ EV_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 EV_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32")
 EV_MMA(mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef EV_MMA
+
+// 16 bytes to global memory at once, which compilers split. They know of no store here: who reads it back meets a barrier first.
+__device__ __forceinline__ void store_16(void* global, const uint32_t (&word)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]));
+}
 
 __device__ __forceinline__ uint32_t to_tf32(float value) {
   uint32_t bits;
@@ -88,41 +94,98 @@ __device__ __forceinline__ void multiply(float (&c)[4], const Operand<float>& a,
   mma_tf32(c, a.high, high0, high1);
 }
 
-// 16 bytes of activations.
+// The two elements of a word, the lower first, and the word of two rounded numbers.
+template <class T>
+__device__ __forceinline__ float2 unpack(uint32_t word);
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t word) { return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)}; }
+template <>
+__device__ __forceinline__ float2 unpack<__half>(uint32_t word) { return __half22float2(*reinterpret_cast<__half2*>(&word)); }
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <>
+__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// 16 bytes of activations: as they lie in memory, and as numbers.
 template <class T>
 struct alignas(16) Vector {
   static constexpr int kSize = 16 / sizeof(T);
-  T value[kSize];
+  uint32_t word[4];
 
   // `aligned`: p is a multiple of 16 bytes.
   static __device__ __forceinline__ Vector load(const T* p, bool aligned) {
-    if (aligned) return *reinterpret_cast<const Vector*>(p);
+    if (aligned) {
+      const uint4 all = *reinterpret_cast<const uint4*>(p);
+      return {{all.x, all.y, all.z, all.w}};
+    }
     Vector v;
+    T value[kSize];
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) v.value[i] = p[i];
+    for (int i = 0; i < kSize; ++i) value[i] = p[i];
+    memcpy(v.word, value, sizeof value);
     return v;
   }
+  static __device__ __forceinline__ Vector load(const char* shared) { return load(reinterpret_cast<const T*>(shared), true); }
   __device__ __forceinline__ void store(T* p, bool aligned) const {
     if (aligned) {
-      *reinterpret_cast<Vector*>(p) = *this;
+      store_16(p, word);
       return;
     }
+    T value[kSize];
+    memcpy(value, word, sizeof value);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) p[i] = value[i];
   }
+
+  __device__ __forceinline__ void widen(float (&number)[kSize]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        number[i] = __uint_as_float(word[i]);
+      } else {
+        const float2 pair = unpack<T>(word[i]);
+        number[2 * i] = pair.x;
+        number[2 * i + 1] = pair.y;
+      }
+    }
+  }
+  static __device__ __forceinline__ Vector rounded(const float (&number)[kSize]) {
+    Vector v;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 4) v.word[i] = __float_as_uint(number[i]);
+      else v.word[i] = pack<T>(number[2 * i], number[2 * i + 1]);
+    }
+    return v;
+  }
 };
 
-__device__ __forceinline__ float to_float(float v) { return v; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
-template <class T>
-__device__ __forceinline__ T rounded(float v);
-template <>
-__device__ __forceinline__ float rounded<float>(float v) { return v; }
-template <>
-__device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
-template <>
-__device__ __forceinline__ __half rounded<__half>(float v) { return __float2half_rn(v); }
+// A vector's worth of fp32.
+template <int SIZE>
+__device__ __forceinline__ void load_floats(float (&number)[SIZE], const float* p, bool aligned) {
+#pragma unroll
+  for (int i = 0; i < SIZE; i += 4) {
+    float four[4];
+    Vector<float>::load(p + i, aligned).widen(four);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) number[i + s] = four[s];
+  }
+}
+template <int SIZE>
+__device__ __forceinline__ void add_floats(float (&number)[SIZE], const float* p, bool aligned) {
+  float other[SIZE];
+  load_floats(other, p, aligned);
+#pragma unroll
+  for (int i = 0; i < SIZE; ++i) number[i] += other[i];
+}
 
 __host__ __device__ __forceinline__ bool is_aligned(const void* p, int64_t stride_bytes = 0) {
   return (reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(stride_bytes)) % 16 == 0;

@@ -5,9 +5,9 @@
 namespace ev {
 
 #if defined(EV_EMULATE)
-#define EV_DYNAMIC_SHARED(name) char* name = ev::emulated_shared()
+#define EV_DYNAMIC_SHARED(name, alignment) char* name = ev::emulated_shared()
 #else
-#define EV_DYNAMIC_SHARED(name) extern __shared__ __align__(128) char name[]
+#define EV_DYNAMIC_SHARED(name, alignment) extern __shared__ __align__(alignment) char name[]
 
 // A launch of clusters of `cluster` blocks with `bytes` of dynamic shared memory. More than 48 KB and clusters of more than
 // 8 have to be asked for, which costs less than remembering for which of the devices it was.

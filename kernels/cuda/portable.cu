@@ -110,24 +110,15 @@ __device__ __forceinline__ void stream_stage(const ev_args& a, int64_t first, co
   for (int i = 0; i < S::kVectorsPerThread; ++i) {
     const int index = threadIdx.x + i * kThreads, row = index / 8;
     if (index >= S::kVectors) break;
-    V x = *reinterpret_cast<const V*>(tokens + place(row, index % 8));
-    V other{};
-    if (residual) other = *reinterpret_cast<const V*>(residual + place(row, index % 8));
+    float x[V::kSize], other[V::kSize] = {};
+    V::load(tokens + place(row, index % 8)).widen(x);
+    if (residual) V::load(residual + place(row, index % 8)).widen(other);
 #pragma unroll
-    for (int e = 0; e < V::kSize; ++e) {
-      const float h = to_float(x.value[e]) + to_float(other.value[e]);
-      square[i] += h * h;
-    }
+    for (int e = 0; e < V::kSize; ++e) square[i] += (x[e] + other[e]) * (x[e] + other[e]);
     const int64_t at = column + index % 8 * V::kSize, j = adds ? add[row] : -1;
     if (j < 0 || at >= a.d) continue;
-    const float* delta = a.table.delta + j * a.d + at;
-#pragma unroll
-    for (int e = 0; e < V::kSize; e += 4) {
-      const Vector<float> four = Vector<float>::load(delta + e, is_aligned(a.table.delta));
-#pragma unroll
-      for (int s = 0; s < 4; ++s) x.value[e + s] = rounded<T>(to_float(x.value[e + s]) + four.value[s]);
-    }
-    x.store(static_cast<T*>(a.x) + (first + row) * a.x_stride + at, is_aligned(a.x, a.x_stride * sizeof(T)));
+    add_floats(x, a.table.delta + j * a.d + at, is_aligned(a.table.delta));
+    V::rounded(x).store(static_cast<T*>(a.x) + (first + row) * a.x_stride + at, is_aligned(a.x, a.x_stride * sizeof(T)));
   }
 }
 
@@ -199,7 +190,7 @@ __device__ __forceinline__ void write_scores(const ev_args& a, int64_t first, in
 template <class T, int MW, int MT>
 __global__ void __launch_bounds__(kThreads, 1) portable(const __grid_constant__ ev_args a, const __grid_constant__ Layout layout) {
   using S = Tile<T, MW, MT>;
-  EV_DYNAMIC_SHARED(shared);
+  EV_DYNAMIC_SHARED(shared, 128);
   __shared__ Tokens<S::kTokens> tokens;
   float* projections = reinterpret_cast<float*>(shared + layout.projections);
   float* coefficients = reinterpret_cast<float*>(shared + layout.coefficients);
@@ -230,10 +221,10 @@ __global__ void __launch_bounds__(kThreads, 1) portable(const __grid_constant__ 
     __syncthreads();
     decide(a, first, tokens, projections, layout.pitch, coefficients);
     __syncthreads();
-    steer_tokens<T, S::kTokens>(a, first, tokens.row, coefficients);
+    steer_tokens<T>(a, first, S::kTokens, tokens.row, coefficients);
   } else if (a.table.delta) {
     __syncthreads();
-    steer_tokens<T, S::kTokens>(a, first, tokens.add, nullptr);
+    steer_tokens<T>(a, first, S::kTokens, tokens.add, nullptr);
   }
 }
 

@@ -11,109 +11,118 @@ struct Tokens {
   int32_t add[TOKENS];   // the row whose delta is all that is done to the token, or -1
   int32_t wait[TOKENS];  // whether gate or rules need its projections first
   int32_t row[TOKENS];   // the row that steers a token that waited, or -1
+  int32_t any_waits;     // of stream_sm90
 };
 
-// Sort the tile's tokens into those that only add, those that wait and those left alone. True in every thread of the
-// block if any waits.
+// Whether token t of the tile only adds, waits or is left alone. True if it waits.
 template <int TOKENS>
-__device__ __forceinline__ bool sort_tokens(const ev_args& a, int64_t first, int count, Tokens<TOKENS>& tokens) {
-  bool any = false;
-  const int t = static_cast<int>(threadIdx.x);
-  if (t < TOKENS) {
-    const ev_table& table = a.table;
-    const int32_t j = table.delta && t < count ? ev_own_row(a, first + t) : -1;
-    bool wait = false;
-    if (j >= 0) {
-      wait = ev_is_concept(a, table.gate[2 * j]);
-      for (int64_t m = 0; m < table.rules; ++m) wait |= ev_is_concept(a, table.rule_concept[j * table.rules + m]);
-    }
-    tokens.add[t] = wait ? -1 : j;
-    tokens.wait[t] = wait;
-    any = wait;
+__device__ __forceinline__ bool sort_token(const ev_args& a, int64_t first, int count, int t, Tokens<TOKENS>& tokens) {
+  const ev_table& table = a.table;
+  const int32_t j = table.delta && t < count ? ev_own_row(a, first + t) : -1;
+  bool wait = false;
+  if (j >= 0) {
+    wait = ev_is_concept(a, table.gate[2 * j]);
+    for (int64_t m = 0; m < table.rules; ++m) wait |= ev_is_concept(a, table.rule_concept[j * table.rules + m]);
   }
-  return __syncthreads_or(any);
+  tokens.add[t] = wait ? -1 : j;
+  tokens.wait[t] = wait;
+  return wait;
 }
 
-// Choose the row of token t of the tile if it waited, and solve its rules; projections p [TOKENS, pitch] and coefficients
-// [TOKENS, EV_MAX_RULES] are in shared memory.
+// The same for every token of the tile, a thread each. True in every thread of the block if any waits.
 template <int TOKENS>
-__device__ __forceinline__ void decide_token(const ev_args& a, int64_t first, int t, Tokens<TOKENS>& tokens, const float* p, int pitch,
-                                             float* coefficients) {
+__device__ __forceinline__ bool sort_tokens(const ev_args& a, int64_t first, int count, Tokens<TOKENS>& tokens) {
+  const int t = static_cast<int>(threadIdx.x);
+  return __syncthreads_or(t < TOKENS && sort_token(a, first, count, t, tokens));
+}
+
+// Choose the row of token t of the tile if it waited, and solve its rules: its projections p [K], coefficients c [rules].
+template <int TOKENS>
+__device__ __forceinline__ void decide_token(const ev_args& a, int64_t first, int t, Tokens<TOKENS>& tokens, const float* p, float* c) {
   int32_t j = -1;
   if (tokens.wait[t]) {
-    j = ev_choose_row(a, first + t, p + t * pitch);
-    if (j >= 0) ev_solve_rules(a, j, p + t * pitch, coefficients + t * EV_MAX_RULES);
+    j = ev_choose_row(a, first + t, p);
+    if (j >= 0) ev_solve_rules(a, j, p, c);
   }
   tokens.row[t] = j;
 }
 
-// The same for every token of the tile, a thread each.
+// The same for every token of the tile, a thread each; p [TOKENS, pitch] and coefficients [TOKENS, EV_MAX_RULES] are in shared memory.
 template <int TOKENS>
 __device__ __forceinline__ void decide(const ev_args& a, int64_t first, Tokens<TOKENS>& tokens, const float* p, int pitch, float* coefficients) {
-  if (threadIdx.x < TOKENS) decide_token(a, first, static_cast<int>(threadIdx.x), tokens, p, pitch, coefficients);
+  const int t = static_cast<int>(threadIdx.x);
+  if (t < TOKENS) decide_token(a, first, t, tokens, p + t * pitch, coefficients + t * EV_MAX_RULES);
 }
 
-// x += delta_j + sum_m c_m v_m for the columns of a token from `begin` to `end`, at most a span, by one warp; `c` null: no
-// rules. VECTORS of 16 bytes a thread make a span. ALIGNED: x, delta and directions are known to be at multiples of 16 bytes.
-template <class T, int VECTORS>
-constexpr int kSpan = VECTORS * 32 * Vector<T>::kSize;
+// A vector of a token's columns to steer by row j: x += delta_j + sum_m c_m v_m, rounded once; j < 0: left alone. c null: no rules.
+struct Spot {
+  int64_t token, at;
+  int32_t j;
+  const float* c;
+};
 
-template <class T, int VECTORS, bool ALIGNED = false>
-__device__ __forceinline__ void steer_span(const ev_args& a, int64_t token, int64_t j, const float* c, int64_t begin, int64_t end) {
+// COUNT of them by one thread, `spot(i)` each, so that their loads overlap.
+template <class T, int COUNT, class Spots>
+__device__ __forceinline__ void steer_spots(const ev_args& a, const Spots& spot) {
   using V = Vector<T>;
-  T* x = static_cast<T*>(a.x) + token * a.x_stride;
-  const float* delta = a.table.delta + j * a.d;
   const T* directions = static_cast<const T*>(a.directions);
-  const bool x_aligned = ALIGNED || is_aligned(a.x, a.x_stride * sizeof(T));
-  const bool delta_aligned = ALIGNED || is_aligned(a.table.delta);
-  const bool directions_aligned = ALIGNED || is_aligned(a.directions);
-  const int64_t column = begin + threadIdx.x % 32 * V::kSize;
-
-  V before[VECTORS];
-  float update[VECTORS][V::kSize];
+  const bool x_aligned = is_aligned(a.x, a.x_stride * sizeof(T));
+  const bool delta_aligned = is_aligned(a.table.delta);
+  const bool directions_aligned = is_aligned(a.directions);
+  const auto x = [&](const Spot& s) { return static_cast<T*>(a.x) + s.token * a.x_stride + s.at; };
+  float value[COUNT][V::kSize];
 #pragma unroll
-  for (int i = 0; i < VECTORS; ++i) {
-    const int64_t at = column + i * 32 * V::kSize;
-    if (at >= end) continue;
-    before[i] = V::load(x + at, x_aligned);
-#pragma unroll
-    for (int e = 0; e < V::kSize; e += 4) {
-      const Vector<float> four = Vector<float>::load(delta + at + e, delta_aligned);
-      for (int s = 0; s < 4; ++s) update[i][e + s] = four.value[s];
-    }
+  for (int i = 0; i < COUNT; ++i) {
+    const Spot s = spot(i);
+    if (s.j < 0) continue;
+    V::load(x(s), x_aligned).widen(value[i]);
+    add_floats(value[i], a.table.delta + s.j * a.d + s.at, delta_aligned);
   }
-  for (int64_t m = 0; c && m < a.table.rules; ++m) {
-    if (c[m] == 0.f) continue;
-    const T* v = directions + a.table.rule_concept[j * a.table.rules + m] * a.d;
+#pragma unroll 1
+  for (int m = 0; m < a.table.rules; ++m) {
 #pragma unroll
-    for (int i = 0; i < VECTORS; ++i) {
-      const int64_t at = column + i * 32 * V::kSize;
-      if (at >= end) continue;
-      const V part = V::load(v + at, directions_aligned);
+    for (int i = 0; i < COUNT; ++i) {
+      const Spot s = spot(i);
+      const float c = s.j < 0 || !s.c ? 0.f : s.c[m];
+      if (c == 0.f) continue;
+      float direction[V::kSize];
+      V::load(directions + a.table.rule_concept[s.j * a.table.rules + m] * a.d + s.at, directions_aligned).widen(direction);
 #pragma unroll
-      for (int e = 0; e < V::kSize; ++e) update[i][e] += c[m] * to_float(part.value[e]);
+      for (int e = 0; e < V::kSize; ++e) value[i][e] += c * direction[e];
     }
   }
 #pragma unroll
-  for (int i = 0; i < VECTORS; ++i) {
-    const int64_t at = column + i * 32 * V::kSize;
-    if (at >= end) continue;
-#pragma unroll
-    for (int e = 0; e < V::kSize; ++e) before[i].value[e] = rounded<T>(to_float(before[i].value[e]) + update[i][e]);
-    before[i].store(x + at, x_aligned);
+  for (int i = 0; i < COUNT; ++i) {
+    const Spot s = spot(i);
+    if (s.j >= 0) V::rounded(value[i]).store(x(s), x_aligned);
   }
 }
 
-// The whole block steers the tile's tokens whose `row` is not -1.
-template <class T, int TOKENS>
-__device__ __forceinline__ void steer_tokens(const ev_args& a, int64_t first, const int32_t* row, const float* coefficients) {
-  constexpr int vectors = 4, span = kSpan<T, vectors>;
-  const int spans = static_cast<int>((a.d + span - 1) / span);
-  for (int item = threadIdx.x / 32; item < TOKENS * spans; item += blockDim.x / 32) {
-    const int t = item / spans;
-    if (row[t] < 0) continue;
-    const float* c = coefficients ? coefficients + t * EV_MAX_RULES : nullptr;
-    steer_span<T, vectors>(a, first + t, row[t], c, static_cast<int64_t>(item % spans) * span, a.d);
+// The columns of a token from `begin` to `end`, by one warp.
+template <class T, int VECTORS>
+__device__ __forceinline__ void steer_columns(const ev_args& a, int64_t token, int32_t j, const float* c, int64_t begin, int64_t end) {
+  constexpr int span = 32 * Vector<T>::kSize;
+#pragma unroll 1
+  for (int64_t at = begin + threadIdx.x % 32 * Vector<T>::kSize; at < end; at += VECTORS * span)
+    steer_spots<T, VECTORS>(a, [&](int i) { return Spot{token, at + i * span, at + i * span < end ? j : -1, c}; });
+}
+
+// The block steers those of the `count` tokens of its tile whose `row` is not -1; `coefficients` [count, EV_MAX_RULES], or null: no
+// rules. A span of columns for every token, then the span before it: the rows' deltas and
+// directions stay in L1 meanwhile, and what was read last of x is the likeliest to be in L2 still.
+template <class T>
+__device__ __forceinline__ void steer_tokens(const ev_args& a, int64_t first, int count, const int32_t* row, const float* coefficients) {
+  constexpr int few = 4, span = 32 * Vector<T>::kSize;
+  const int groups = (count + few - 1) / few, spans = static_cast<int>((a.d + span - 1) / span);
+#pragma unroll 1
+  for (int item = threadIdx.x / 32; item < groups * spans; item += blockDim.x / 32) {
+    const int t = item % groups * few;
+    const int64_t at = static_cast<int64_t>(spans - 1 - item / groups) * span + threadIdx.x % 32 * Vector<T>::kSize;
+    if (at >= a.d) continue;
+    int32_t j[few];
+#pragma unroll
+    for (int i = 0; i < few; ++i) j[i] = t + i < count ? row[t + i] : -1;
+    steer_spots<T, few>(a, [&](int i) { return Spot{first + t + i, at, j[i], coefficients ? coefficients + (t + i) * EV_MAX_RULES : nullptr}; });
   }
 }
 

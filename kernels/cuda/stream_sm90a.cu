@@ -1,308 +1,357 @@
-// The op for many tokens on sm_90a, bf16 and fp16, up to 176 concepts.
+// The op for many tokens on sm_90a, bf16 and fp16, up to 176 concepts().
 //
-// A block owns 128 tokens and streams their columns, 128 bytes at a time, through a ring of stages in shared memory. Its
-// warpgroups do different work, and meet at two barriers a stage, `landed` and `freed`:
-//   bringers   one thread: boxes of the tokens, of the residual and of the readers, by the copy engine
+// A tile of 128 tokens is streamed, 128 bytes of columns a step, through a ring of stages in shared memory. Where tiles are fewer than
+// multiprocessors, the blocks of a cluster share a tile, a slice of its columns each. A block's warpgroups do different work:
+//   bringers   two threads: the copy engine is told to bring boxes of the tokens (and residual), and of the readers
 //   streamers  the squares, and x + delta back to global memory for tokens that only add
 //   products   two warpgroups, 64 tokens each: tokens times readers (wgmma)
-// When the columns are through, the ring's memory takes the projections. A products warp has all of those of its 16 tokens, so from
-// there on it works alone: writes their scores, and for tokens with a gate or rules chooses the row, solves the rules, reads x once
-// more and writes it.
+// When the columns are through, the ring's memory takes the projections. If blocks share a tile, each adds up the projections of
+// its part of the tokens(), in the order of the slices, from the blocks' shared memory. Scores are written; for tokens with a gate or
+// rules the row is chosen and the rules solved. If there are such tokens(), the tile is streamed once more, and products write them.
 //
-// A projection is summed in the same order wherever its token lies: over the columns in fp32, of partial sums over the 128 bytes
-// of a stage. The partial sums are short because tensor cores truncate what they add.
+// A projection is summed in the same order wherever its token lies: slices in fp32, of sums in fp32, of partial sums over 256
+// columns. The partial sums are short because tensor cores truncate what they add.
 //
 // Who writes what, and what orders it:
-//   x in global memory   a streamer writes only what has landed from there; a products warp only tokens that streamers leave alone
-//   stages               the copy engine; after all twelve warps that read a stage have arrived at its `freed`
-//   projections          a products warp its own tokens', after every stage has been freed for the last time
+//   x in global memory   a warp writes only what has landed from there, and a token is written in one of the two passes
+//   stages               the copy engine; after all warps that read it have arrived at its `freed`
+//   projections          by products after the block has met; added up by the token's block after the cluster has met
+//   decisions            by the token's block; read by the others after the cluster has met again
 #include <cuda_runtime.h>
 
 #include "forms.h"
 #include "launch.cuh"
 #include "steering.cuh"
-#include "warpgroup.cuh"
+#include "stream_block.cuh"
 
 namespace ev {
 namespace {
 
 enum : int {
-  kGroup = 128,  // threads of a warpgroup
-  kTokens = 128,
   kGroupTokens = 64,  // of a products warpgroup
   kWarpTokens = 16,   // of a products warp
-  kThreads = 4 * kGroup,
-  kReaders = 3 * kGroup / 32,  // warps that read a stage
-  kColumns = kBoxBytes / 2,
-  kTokenBytes = kTokens * kBoxBytes,
-  kReaderBytes = kProductConcepts * kBoxBytes,
-  kMaxStages = 5,
-  kPitch = kProductConcepts + 4,                    // of the projections, in floats
-  kCoefficients = kTokens * kPitch * 4,             // byte offset; the projections are at 0
-  kAfter = kCoefficients + kTokens * EV_MAX_RULES * 4,
-  kAlignment = 1024,  // of a box
-  kLanes = 8,         // that share a token's 128 bytes
-  kBatch = 4,         // vectors that a streamer has in flight
-  kRounds = kTokens * kLanes / kGroup,
-  kVectors = 8,       // of 16 bytes, that a thread steers at a time
-  // Registers of a thread; the warpgroups have 512 between them.
+  kPartSteps = 4,     // steps whose products are summed by the tensor cores
+  kLanes = 8,         // that share a token's 128 bytes, so that a warp reads and writes whole lines
+  kFewRules = 4,      // whose directions it has in flight
+  // Registers of a thread; the four warpgroups have 512 between them.
   kBringerRegisters = 24,
-  kStreamerRegisters = 88,
-  kProductRegisters = 200,
+  kStreamerRegisters = 104,
+  kProductRegisters = 192,
 };
 
-struct Matrices {
-  Matrix x, residual, readers;
-};
-
-struct Ring {
-  int stages, bytes;  // bytes of a stage: tokens, readers, residual
-};
+// Tokens of a lane in a pass.
+template <bool FIRST>
+constexpr int kRounds = kTokens * kLanes / 32 / (FIRST ? kStreamers : kProducts);
 
 template <class T>
-class Stream {
+class Stream : StreamBlock {
  public:
-  __device__ __forceinline__ Stream(const ev_args& a, const Matrices& matrices, const Ring& ring, char* shared, Barrier* landed, Barrier* freed,
-                                    Tokens<kTokens>& tokens, int64_t first)
-      : a(a),
-        matrices(matrices),
-        ring(ring),
-        shared(shared),
-        landed(landed),
-        freed(freed),
-        tokens(tokens),
-        first(first),
-        steps(static_cast<int>((a.d + kColumns - 1) / kColumns)) {}
+  using StreamBlock::StreamBlock;
 
-  __device__ __forceinline__ void bring() const {
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      const int slot = step % ring.stages, use = step / ring.stages;
-      if (use > 0) wait(freed + slot, (use - 1) & 1);
-      char* stage = shared + slot * ring.bytes;
-      announce(landed + slot, ring.bytes);
-      copy_box(stage, matrices.x, step * kColumns, static_cast<int>(first), landed + slot);
-      copy_box(stage + kTokenBytes, matrices.readers, step * kColumns, 0, landed + slot);
-      if (a.residual) copy_box(stage + kTokenBytes + kReaderBytes, matrices.residual, step * kColumns, static_cast<int>(first), landed + slot);
+  __device__ __forceinline__ void run() {
+    const bool outputs = a.scores || a.sqnorm;
+    if (threadIdx.x == 0) {
+      start_ring(rings().tokens[0], kStreamers + kProducts);
+      start_ring(rings().tokens[1], kProducts);
+      start_ring(rings().readers, kProducts);
+      before_bulk_copies();
+      tokens().any_waits = false;
     }
-  }
-
-  // Eight lanes a token, so that a warp reads and writes whole lines.
-  __device__ __forceinline__ void stream() const {
-    float square[kRounds] = {};
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      const int slot = step % ring.stages;
-      wait(landed + slot, step / ring.stages & 1);
-      const char* stage = shared + slot * ring.bytes;
-      const int64_t at = static_cast<int64_t>(step) * kColumns + lane() % kLanes * V::kSize;
-      add_squares(square, stage);
-      if (a.table.delta && at < a.d) {
-#pragma unroll 1
-        for (int round = 0; round < kRounds; round += kBatch) add(round, stage, at);
+    __syncthreads();
+    if (!outputs) {  // or else streamers sort the tokens while the ring fills
+      if (threadIdx.x < kTokens) sort(static_cast<int>(threadIdx.x));
+      __syncthreads();
+    }
+    const int group = static_cast<int>(threadIdx.x / kGroup);
+    if (group == 0) {
+      give_registers<kBringerRegisters>();
+      bring();
+    } else if (group == 1) {
+      give_registers<kStreamerRegisters>();
+      if (a.scores || a.sqnorm) {
+        sort(static_cast<int>(threadIdx.x) - kGroup);
+        meet_warpgroup();
       }
-      release(slot);
-    }
-    if (!a.sqnorm) return;
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-      float sum = square[round];
-      for (int distance = 1; distance < kLanes; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-      const int t = token_of(round);
-      if (lane() % kLanes == 0 && t < count()) a.sqnorm[first + t] = sum;
-    }
-  }
-
-  // The projections of the tokens of products warpgroup `group`, and what follows from them.
-  __device__ __forceinline__ void project(int group) const {
-    float sum[kProductValues] = {};
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      const int slot = step % ring.stages;
-      const uint32_t stage = shared_address(shared + slot * ring.bytes), readers = stage + kTokenBytes, residual = readers + kReaderBytes;
-      const uint32_t own = group * kGroupTokens * kBoxBytes;
-      wait(landed + slot, step / ring.stages & 1);
-      __syncwarp();
-#pragma unroll 1
-      for (int source = 0; source < (a.residual ? 2 : 1); ++source) {
-        const uint32_t rows = (source == 0 ? stage : residual) + own;
-        float part[kProductValues];
-        begin_products();
-#pragma unroll
-        for (int offset = 0; offset < kBoxBytes; offset += 32) multiply<T>(part, matrix_at(rows + offset), matrix_at(readers + offset), offset > 0);
-        finish_products(part);
-#pragma unroll
-        for (int i = 0; i < kProductValues; ++i) sum[i] += part[i];
+      if (projects()) {
+        if (a.residual) a.table.delta ? stream_first<true, true>() : stream_first<true, false>();
+        else a.table.delta ? stream_first<false, true>() : stream_first<false, false>();
+        finish();
       }
-      release(slot);
+    } else {
+      take_registers<kProductRegisters>();
+      if (projects()) {
+        a.residual ? project<true>() : project<false>();
+        finish();
+      }
+      if (again()) stream_again();
     }
-#pragma unroll 1
-    for (int step = steps > ring.stages ? steps - ring.stages : 0; step < steps; ++step) wait(freed + step % ring.stages, step / ring.stages & 1);
-
-    const int own = group * kGroupTokens + warp() * kWarpTokens;
-    float* projections = reinterpret_cast<float*>(shared);
-#pragma unroll
-    for (int i = 0; i < kProductValues; ++i) projections[(own + lane() / 4 + i / 2 % 2 * 8) * kPitch + i / 4 * 8 + lane() % 4 * 2 + i % 2] = sum[i];
-    __syncwarp();
-    if (a.scores) write_scores(own, projections);
-    steer(own, projections, reinterpret_cast<float*>(shared + kCoefficients));
+    if (cut.ranks == 1 || !projects()) return;
+    cluster_arrive_relaxed();  // nobody leaves while others read its memory
+    cluster_wait();
   }
 
  private:
   using V = Vector<T>;
 
-  // Not kept, because registers are scarce.
-  __device__ __forceinline__ int lane() const { return static_cast<int>(threadIdx.x % 32); }
-  __device__ __forceinline__ int warp() const { return static_cast<int>(threadIdx.x % kGroup / 32); }
-  __device__ __forceinline__ int count() const { return a.n - first < kTokens ? static_cast<int>(a.n - first) : static_cast<int>(kTokens); }
+  // --- streaming ------------------------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void release(int slot) const {
-    __syncwarp();
-    if (lane() == 0) arrive(freed + slot);
+  // The first pass is by streamers, the second by products. A lane has a vector of kRounds tokens of every stage, the first of
+  // them `token`, the others four apart.
+  template <bool FIRST>
+  __device__ __forceinline__ int token() const {
+    return (threadIdx.x / 32 - (FIRST ? 4 : 8)) * kRounds<FIRST> * (32 / kLanes) + lane() / kLanes;
   }
 
-  __device__ __forceinline__ int token_of(int round) const { return (warp() * kRounds + round) * (32 / kLanes) + lane() / kLanes; }
-
-  // Where the lane's vector of token t lies in a stage.
-  __device__ __forceinline__ int place(int t) const { return t * kBoxBytes + ((lane() % kLanes ^ (t & 7)) << 4); }
-
-  __device__ __forceinline__ void add_squares(float (&square)[kRounds], const char* stage) const {
+  // x + delta back to x for tokens with a row in `rows`; in the first pass squares, in the second what the rules add.
+  template <bool FIRST, bool RESIDUAL, bool ADDS>
+  __device__ __forceinline__ void stream(const int32_t* rows, int rules, float (&square)[kRounds<FIRST>]) const {
+    constexpr int few = RESIDUAL ? 2 : 4;  // tokens at a time
+    const int t = token<FIRST>(), vector = lane() % kLanes;
+    const int place = t * kBoxBytes + ((vector ^ (t & 7)) << 4);  // in a stage
+    int at = slice() * cut.steps * kColumns + vector * V::kSize;
+    T* out = static_cast<T*>(a.x) + (first() + t) * a.x_stride + at;
+    Turn turn;
+#pragma unroll 1
+    for (int step = 0; step < steps(); ++step, at += kColumns, out += kColumns) {
+      const char* const stage = shared() + turn.slot * kTokenBytes;
 #pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-      const char* at = stage + place(token_of(round));
-      const V x = *reinterpret_cast<const V*>(at);
-      V other{};
-      if (a.residual) other = *reinterpret_cast<const V*>(at + kTokenBytes + kReaderBytes);
+      for (int batch = 0; batch < kRounds<FIRST>; batch += few) {
+        float change[few][V::kSize];
+        bool writes[few];
 #pragma unroll
-      for (int e = 0; e < V::kSize; ++e) {
-        const float h = to_float(x.value[e]) + to_float(other.value[e]);
-        square[round] += h * h;
+        for (int i = 0; i < few; ++i) {
+          const int32_t j = ADDS ? rows[t + (batch + i) * 4] : -1;
+          writes[i] = ADDS && j >= 0 && at < static_cast<int>(a.d);
+          if (writes[i]) load_floats(change[i], a.table.delta + j * a.d + at, true);
+        }
+        if (!FIRST) add_rules(change, writes, rules, t, at);
+        if (batch == 0) wait(rings().tokens[FIRST ? 0 : 1].landed + turn.slot, turn.phase);
+#pragma unroll
+        for (int i = 0; i < few; ++i) {
+          const int round = batch + i;
+          // Every other round's tokens are 4 further in their eight rows.
+          const char* from = stage + (place ^ round % 2 * 64) + round * 4 * kBoxBytes;
+          float x[V::kSize], residual[V::kSize] = {};
+          V::load(from).widen(x);
+          if (RESIDUAL) V::load(from + cut.token_stages * kTokenBytes).widen(residual);
+#pragma unroll
+          for (int e = 0; FIRST && e < V::kSize; ++e) {
+            const float h = RESIDUAL ? x[e] + residual[e] : x[e];
+            square[round] += h * h;
+          }
+          if (!writes[i]) continue;
+#pragma unroll
+          for (int e = 0; e < V::kSize; ++e) x[e] += change[i][e];
+          V::rounded(x).store(out + round * 4 * a.x_stride, true);
+        }
+      }
+      release(rings().tokens[FIRST ? 0 : 1].freed + turn.slot);
+      turn.next(cut.token_stages);
+    }
+  }
+
+  // change += what the rules of tokens t, t + 4, ... add.
+  template <int FEW>
+  __device__ __forceinline__ void add_rules(float (&change)[FEW][V::kSize], const bool (&writes)[FEW], int rules, int t, int at) const {
+#pragma unroll 1
+    for (int begin = 0; begin < rules; begin += kFewRules) {
+      float c[kFewRules][FEW];
+      V direction[kFewRules][FEW];
+#pragma unroll
+      for (int m = 0; m < kFewRules; ++m) {
+#pragma unroll
+        for (int i = 0; i < FEW; ++i) {
+          const int entry = (t + i * 4) * rules + begin + m;
+          c[m][i] = writes[i] && begin + m < rules ? coefficients()[entry] : 0.f;
+          if (c[m][i] != 0.f) direction[m][i] = V::load(static_cast<const T*>(a.directions) + concepts()[entry] * a.d + at, true);
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kFewRules; ++m) {
+#pragma unroll
+        for (int i = 0; i < FEW; ++i) {
+          if (c[m][i] == 0.f) continue;
+          float v[V::kSize];
+          direction[m][i].widen(v);
+#pragma unroll
+          for (int e = 0; e < V::kSize; ++e) change[i][e] += c[m][i] * v[e];
+        }
       }
     }
   }
 
-  // x + delta for the tokens of a few rounds that only add.
-  __device__ __forceinline__ void add(int round, const char* stage, int64_t at) const {
-    Vector<float> delta[kBatch][2];
-    int32_t row[kBatch];
+  __device__ __forceinline__ void sort(int t) const {
+    if (sort_token(a, first(), count(), t, tokens())) tokens().any_waits = true;  // seen by the others when they have met
+  }
+
+  template <bool RESIDUAL, bool ADDS>
+  __device__ __forceinline__ void stream_first() const {
+    float square[kRounds<true>] = {};
+    stream<true, RESIDUAL, ADDS>(tokens().add, 0, square);
+    __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      row[i] = tokens.add[token_of(round + i)];
-      if (row[i] < 0) continue;
-      const float* from = a.table.delta + row[i] * a.d + at;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) delta[i][half] = Vector<float>::load(from + half * 4, true);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (row[i] < 0) continue;
-      const int t = token_of(round + i);
-      V x = *reinterpret_cast<const V*>(stage + place(t));
-#pragma unroll
-      for (int e = 0; e < V::kSize; ++e) x.value[e] = rounded<T>(to_float(x.value[e]) + delta[i][e / 4].value[e % 4]);
-      x.store(static_cast<T*>(a.x) + (first + t) * a.x_stride + at, true);
+    for (int round = 0; round < kRounds<true>; ++round) {
+      float sum = square[round];
+      for (int distance = 1; distance < kLanes; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+      if (lane() % kLanes == 0) squares()[token<true>() + round * 4] = sum;
     }
   }
 
-  __device__ __forceinline__ void write_scores(int own, const float* projections) const {
+  __device__ __forceinline__ void stream_again() const {
+    const bool waited = tokens().any_waits;
+    float none[kRounds<false>];
+    stream<false, false, true>(waited ? tokens().row : tokens().add, waited ? static_cast<int>(a.table.rules) : 0, none);
+  }
+
+  // The projections of the tokens of this products warpgroup on this block's columns.
+  template <bool RESIDUAL>
+  __device__ __forceinline__ void project() const {
+    const int group = static_cast<int>(threadIdx.x / kGroup) - 2;
+    const uint32_t own = group * kGroupTokens * kBoxBytes;
+    float sum[kProductValues] = {};
+    Turn turn, reader_turn;
+#pragma unroll 1
+    for (int left = steps(); left > 0; left -= kPartSteps) {
+      float part[kProductValues];
+#pragma unroll 1
+      for (int step = 0; step < kPartSteps && step < left; ++step) {
+        const uint32_t stage = shared_address(shared() + turn.slot * kTokenBytes), readers = shared_address(shared() + kReaderRing + reader_turn.slot * kReaderBytes);
+        wait(rings().readers.landed + reader_turn.slot, reader_turn.phase);
+        wait(rings().tokens[0].landed + turn.slot, turn.phase);
+        __syncwarp();
+        begin_products();
 #pragma unroll
-    for (int k = lane(); k < kProductConcepts; k += 32) {
-      if (k >= a.k) break;
+        for (int source = 0; source < (RESIDUAL ? 2 : 1); ++source) {
+          const uint32_t rows = stage + source * cut.token_stages * kTokenBytes + own;
+#pragma unroll
+          for (int offset = 0; offset < kBoxBytes; offset += 32)
+            multiply<T>(part, matrix_at(rows + offset), matrix_at(readers + offset), offset + source + step > 0);
+        }
+        commit_products();
+        finish_products<1>(part);
+        if (step > 0) release_before(turn, reader_turn);  // whose products are complete
+        turn.next(cut.token_stages);
+        reader_turn.next(cut.reader_stages);
+      }
+      finish_products<0>(part);
+      release_before(turn, reader_turn);
+#pragma unroll
+      for (int i = 0; i < kProductValues; ++i) sum[i] += part[i];
+    }
+    __syncthreads();
+    float* row = projections() + (group * kGroupTokens + threadIdx.x % kGroup / 32 * kWarpTokens + lane() / 4) * kPitch + lane() % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kProductValues; i += 2) *reinterpret_cast<float2*>(row + i / 2 % 2 * 8 * kPitch + i / 4 * 8) = {sum[i], sum[i + 1]};
+  }
+
+  __device__ __forceinline__ void release_before(const Turn& turn, const Turn& reader_turn) const {
+    __syncwarp();
+    if (lane() != 0) return;
+    arrive(rings().tokens[0].freed + turn.before(cut.token_stages));
+    arrive(rings().readers.freed + reader_turn.before(cut.reader_stages));
+  }
+
+  // --- with the projections -------------------------------------------------------------------------------------------
+
+  // By streamers and products.
+  __device__ __forceinline__ void finish() const {
+    constexpr int threads = kThreads - kGroup;
+    const int thread = static_cast<int>(threadIdx.x) - kGroup, begin = own_begin();
+    meet();
+    const bool waits = tokens().any_waits;
+    if (cut.ranks > 1) {
+      add_up(thread, threads);
+      __syncthreads();
+    }
+    if (thread < own()) {
+      const int t = begin + thread;
+      if (a.sqnorm && t < count()) a.sqnorm[first() + t] = sum_of_slices(squares() + t);
+      if (waits) decide(t);
+    }
+    if (a.scores) write_scores(begin + thread / 32, begin + own() < count() ? begin + own() : count());
+    if (!waits) return;
+    before_bulk_copies();
+    meet();
+    if (cut.ranks == 1) return;
+    // What the other blocks decided.
+    const int rules = static_cast<int>(a.table.rules);
+#pragma unroll 1
+    for (int t = thread; t < kTokens; t += threads)
+      if (t / own() != slice()) tokens().row[t] = load_from(tokens().row + t, t / own());
+#pragma unroll 1
+    for (int i = thread; i < kTokens * rules; i += threads) {
+      const int owner = i / rules / own();
+      if (owner == slice()) continue;
+      coefficients()[i] = load_from(coefficients() + i, owner);
+      concepts()[i] = load_from(concepts() + i, owner);
+    }
+    __syncthreads();
+  }
+
+  // In the order of the slices.
+  __device__ __forceinline__ float sum_of_slices(const float* value) const {
+    if (cut.ranks == 1) return *value;
+    float sum = load_from(value, 0);
+#pragma unroll 1
+    for (int rank = 1; rank < cut.ranks; ++rank) sum += load_from(value, rank);
+    return sum;
+  }
+
+  // The projections of this block's tokens. Their rows are read by nobody else.
+  __device__ __forceinline__ void add_up(int thread, int threads) const {
+    constexpr int fours = kProductConcepts / 4;
+#pragma unroll 1
+    for (int i = thread; i < own() * fours; i += threads) {
+      float* at = projections() + (own_begin() + i / fours) * kPitch + i % fours * 4;
+      float4 part[kMostRanks];
+#pragma unroll
+      for (int rank = 0; rank < kMostRanks; ++rank)
+        if (rank < cut.ranks) part[rank] = load_four_from(at, rank);
+      float4 sum = part[0];
+#pragma unroll
+      for (int rank = 1; rank < kMostRanks; ++rank) {
+        if (rank >= cut.ranks) break;
+        sum.x += part[rank].x, sum.y += part[rank].y, sum.z += part[rank].z, sum.w += part[rank].w;
+      }
+      *reinterpret_cast<float4*>(at) = sum;
+    }
+  }
+
+  // Token t's row, and what its rules add.
+  __device__ __forceinline__ void decide(int t) const {
+    const int rules = static_cast<int>(a.table.rules);
+    decide_token(a, first(), t, tokens(), projections() + t * kPitch, coefficients() + t * rules);
+    const int32_t j = tokens().row[t];
+    for (int m = 0; j >= 0 && m < rules; ++m) concepts()[t * rules + m] = a.table.rule_concept[j * rules + m];
+  }
+
+  __device__ __forceinline__ void write_scores(int begin, int end) const {
+#pragma unroll 1
+    for (int k = lane(); k < a.k; k += 32) {
       const float mean = a.mean[k], inv_std = a.inv_std[k];
 #pragma unroll 4
-      for (int t = own; t < own + kWarpTokens && t < count(); ++t) a.scores[(first + t) * a.scores_stride + k] = ev_score(projections[t * kPitch + k], mean, inv_std);
+      for (int t = begin; t < end; t += kStreamers + kProducts) a.scores[(first() + t) * a.scores_stride + k] = ev_score(projections()[t * kPitch + k], mean, inv_std);
     }
   }
-
-  __device__ __forceinline__ void steer(int own, const float* projections, float* coefficients) const {
-    if (lane() < kWarpTokens) decide_token(a, first, own + lane(), tokens, projections, kPitch, coefficients);
-    __syncwarp();
-#pragma unroll 1
-    for (int t = own; t < own + kWarpTokens; ++t) {
-      if (t + 1 < own + kWarpTokens && tokens.row[t + 1] >= 0) prefetch_token(t + 1);
-      const int32_t j = tokens.row[t];
-      if (j < 0) continue;
-#pragma unroll 1
-      for (int64_t begin = 0; begin < a.d; begin += kSpan<T, kVectors>)
-        steer_span<T, kVectors, true>(a, first + t, j, coefficients + t * EV_MAX_RULES, begin, a.d);
-    }
-  }
-
-  __device__ __forceinline__ void prefetch_token(int t) const {
-    const T* x = static_cast<const T*>(a.x) + (first + t) * a.x_stride;
-#pragma unroll 1
-    for (int64_t i = lane() * kColumns; i < a.d; i += 32 * kColumns) prefetch(x + i);
-  }
-
-  const ev_args& a;
-  const Matrices& matrices;
-  const Ring& ring;
-  char* const shared;
-  Barrier *const landed, *const freed;
-  Tokens<kTokens>& tokens;
-  const int64_t first;
-  const int steps;
 };
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
-    stream(const __grid_constant__ ev_args a, const __grid_constant__ Matrices matrices, const __grid_constant__ Ring ring) {
-  EV_DYNAMIC_SHARED(dynamic);
-  __shared__ Tokens<kTokens> tokens;
-  __shared__ Barrier landed[kMaxStages], freed[kMaxStages];
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokens;
-  const int count = a.n - first < kTokens ? static_cast<int>(a.n - first) : static_cast<int>(kTokens);
-  char* shared = dynamic + (kAlignment - reinterpret_cast<uintptr_t>(dynamic) % kAlignment) % kAlignment;
-
-  if (threadIdx.x == 0) {
-    for (int slot = 0; slot < ring.stages; ++slot) {
-      start(landed + slot, 1);
-      start(freed + slot, kReaders);
-    }
-    before_bulk_copies();
-  }
-  const bool waits = sort_tokens(a, first, count, tokens);  // all threads meet here
-  if (!waits && !a.scores && !a.sqnorm) {
-    if (a.table.delta) steer_tokens<T, kTokens>(a, first, tokens.add, nullptr);
-    return;
-  }
-  const Stream<T> work(a, matrices, ring, shared, landed, freed, tokens, first);
-  const int group = threadIdx.x / kGroup;
-  if (group == 0) {
-    give_registers<kBringerRegisters>();
-    if (threadIdx.x == 0) work.bring();
-  } else if (group == 1) {
-    give_registers<kStreamerRegisters>();
-    work.stream();
-  } else {
-    take_registers<kProductRegisters>();
-    work.project(group - 2);
-  }
+    stream(const __grid_constant__ ev_args a, const __grid_constant__ Matrices matrices, const __grid_constant__ StreamCut cut) {
+  Stream<T>(a, matrices, cut).run();
 }
-
-Ring ring_for(const ev_args& a) {
-  Ring ring{};
-  ring.bytes = kTokenBytes * (a.residual ? 2 : 1) + kReaderBytes;
-  ring.stages = a.residual ? kMaxStages - 1 : kMaxStages;
-  return ring;
-}
-
-int dynamic_bytes(const Ring& ring) { return ring.stages * ring.bytes + kAlignment; }
-static_assert((kMaxStages - 1) * (kTokenBytes + kReaderBytes) >= kAfter, "the projections take the ring's place");
 
 int64_t rows_apart(const ev_args& a, int64_t stride) { return a.n > 1 ? stride : a.d; }
 
 template <class T>
-cudaError_t apply(const ev_args& a, cudaStream_t on) {
+cudaError_t apply(const ev_args& a, const StreamCut& cut, cudaStream_t on) {
   constexpr bool bf16 = std::is_same<T, __nv_bfloat16>::value;
   Matrices matrices{};
   bool encoded = encode(matrices.x, bf16, a.x, a.n, a.d, rows_apart(a, a.x_stride), kTokens) &&
                  encode(matrices.readers, bf16, a.readers, a.k_padded, a.d, a.d, kProductConcepts);
   if (a.residual) encoded = encoded && encode(matrices.residual, bf16, a.residual, a.n, a.d, rows_apart(a, a.residual_stride), kTokens);
   if (!encoded) return cudaErrorInvalidValue;
-  const Ring ring = ring_for(a);
-  const int64_t blocks = (a.n + kTokens - 1) / kTokens;
-  return launch(stream<T>, dim3(static_cast<unsigned>(blocks)), kThreads, dynamic_bytes(ring), on, 1, a, matrices, ring);
+  return launch(stream<T>, dim3(static_cast<unsigned>(cut.blocks)), kThreads, cut.bytes, on, cut.ranks, a, matrices, cut);
 }
 
 // The copy engine takes rows that lie apart, at multiples of 16 bytes, less than 2^40 bytes from each other.
@@ -311,18 +360,35 @@ bool can_bring(const ev_args& a, const void* first, int64_t stride) {
   return is_aligned(first, apart * 2) && apart >= a.d && apart * 2 < int64_t{1} << 40;
 }
 
+StreamCut cut_for(const ev_args& a, const Device& device, int ranks) { return stream_cut(a, ranks, device.shared_bytes); }
+
 }  // namespace
 
-bool stream_sm90_runs(const ev_args& a, const Device& device) {
-  const int fixed = static_cast<int>(sizeof(Tokens<kTokens>)) + 2 * kMaxStages * static_cast<int>(sizeof(Barrier));
+bool stream_sm90_runs(const ev_args& a, const Device& device, int ranks) {
   return device.capability == 90 && a.dtype != EV_F32 && a.reader_dtype == a.dtype && a.k_padded <= kProductConcepts && a.d >= kColumns &&
-         a.d < 1 << 30 && a.n < 1 << 30 && dynamic_bytes(ring_for(a)) + fixed <= device.shared_bytes && can_bring(a, a.x, a.x_stride) &&
+         a.d < 1 << 30 && a.n < 1 << 30 && cut_for(a, device, ranks).token_stages > 0 && can_bring(a, a.x, a.x_stride) &&
          (!a.residual || can_bring(a, a.residual, a.residual_stride)) && is_aligned(a.readers) && is_aligned(a.directions) &&
          is_aligned(a.table.delta) && can_encode_matrices();
 }
 
-cudaError_t apply_stream_sm90(const ev_args& a, const Device&, cudaStream_t stream) {
-  return a.dtype == EV_BF16 ? apply<__nv_bfloat16>(a, stream) : apply<__half>(a, stream);
+cudaError_t apply_stream_sm90(const ev_args& a, const Device& device, int ranks, cudaStream_t stream) {
+  const StreamCut cut = cut_for(a, device, ranks);
+  return a.dtype == EV_BF16 ? apply<__nv_bfloat16>(a, cut, stream) : apply<__half>(a, cut, stream);
 }
+
+#if !defined(EV_EMULATE)
+int stream_sm90_clusters(const Device& device, int ranks) {
+  ev_args a{};
+  a.n = a.d = 1;
+  cudaLaunchConfig_t config;
+  cudaLaunchAttribute attribute;
+  int clusters = 0;
+  auto* kernel = stream<__nv_bfloat16>;
+  const cudaError_t error = prepare(config, attribute, kernel, dim3(ranks), kThreads, cut_for(a, device, ranks).bytes, nullptr, ranks);
+  if (error == cudaSuccess && cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) return clusters;
+  cudaGetLastError();  // what failed here is no error of the caller's
+  return 0;
+}
+#endif
 
 }  // namespace ev

@@ -54,7 +54,7 @@ inline bool encode(Matrix& matrix, bool bf16, const void* first, int64_t rows, i
   const cuuint64_t bytes[] = {static_cast<cuuint64_t>(stride) * 2};
   const cuuint32_t box[] = {kBoxBytes / 2, static_cast<cuuint32_t>(box_rows)}, each[] = {1, 1};
   return matrix_encoder()(&matrix, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(first), size, bytes,
-                          box, each, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                          box, each, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
@@ -71,6 +71,8 @@ __device__ __forceinline__ void start(Barrier* barrier, int arrivals) {
 __device__ __forceinline__ void arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+// The threads of one warpgroup; no other one of the block meets so.
+__device__ __forceinline__ void meet_warpgroup() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
 
 // By all warps of a warpgroup: how many registers each of its threads has from here on.
 template <int COUNT>
@@ -82,13 +84,17 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// begin_products; multiply ...; finish_products: until then nobody touches the products, which are complete afterwards.
+// begin_products; multiply ...; commit_products: a group. Of the groups, at most `PENDING` are not complete after finish_products;
+// only after finish_products<0> may anybody touch the products.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
 __device__ __forceinline__ void finish_products(float (&c)[kProductValues]) {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+  if constexpr (PENDING == 0) {
 #pragma unroll
-  for (int i = 0; i < kProductValues; ++i) asm volatile("" : "+f"(c[i])::"memory");  // the compiler reads it no earlier
+    for (int i = 0; i < kProductValues; ++i) asm volatile("" : "+f"(c[i])::"memory");  // the compiler reads it no earlier
+  }
 }
 
 // c = a b^T, or c += a b^T if `adds`: 64 rows of a, 176 of b, 32 bytes of columns. Of c, warp w of the warpgroup has rows 16 w on;

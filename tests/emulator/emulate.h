@@ -271,6 +271,10 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
     return value;
   });
 }
+inline void store_16(void* global, const uint32_t (&word)[4]) {
+  if (reinterpret_cast<uintptr_t>(global) % 16) std::abort();
+  std::memcpy(global, word, 16);
+}
 inline uint32_t to_tf32(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -326,13 +330,15 @@ inline void cluster_wait() {
   Block& block = Block::current();
   while (block.cluster.meeting.round == block.lane().round) block.cluster.yield();
 }
-inline float load_from(const float* shared, int rank) {
+template <class V>
+V load_from(const V* shared, int rank) {
   Block& block = Block::current();
-  const ptrdiff_t at = reinterpret_cast<const char*>(shared) - block.shared();
-  float value;
-  std::memcpy(&value, block.cluster.blocks.at(rank)->shared() + at, 4);
+  if (reinterpret_cast<uintptr_t>(shared) % sizeof(V)) std::abort();
+  V value;
+  std::memcpy(&value, block.cluster.blocks.at(rank)->shared() + (reinterpret_cast<const char*>(shared) - block.shared()), sizeof value);
   return value;
 }
+inline float4 load_four_from(const float* shared, int rank) { return load_from(reinterpret_cast<const float4*>(shared), rank); }
 
 // --- what sm_90a adds: see warpgroup.cuh -----------------------------------------------------------------------------------
 
@@ -378,13 +384,18 @@ inline void copy_box(void* shared, const Matrix& matrix, int column, int row, ui
   Block::current().cluster.progress = true;
 }
 
+inline void meet_warpgroup() {
+  Block& block = Block::current();
+  block.meet(block.groups_of_warps[emulated_thread.x / 128], [] {});
+}
 template <int COUNT>
 void give_registers() {}
 template <int COUNT>
 void take_registers() {}
 
 inline void begin_products() {}
-template <int VALUES>
+inline void commit_products() {}
+template <int PENDING, int VALUES>
 void finish_products(float (&)[VALUES]) {}
 
 // A row of 32 bytes of the matrix that a descriptor (PTX ISA, "Matrix Descriptor Format") says where to find.
@@ -485,4 +496,9 @@ inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
+}
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
 }
