@@ -8,29 +8,68 @@ import pages
 import provenance
 
 PAGE = pages.DOCS / "kernels.md"
-FORM = "cpu_amx"  # what the machine of the committed result takes by itself
 
 
 def cpu(found: dict[str, Any]) -> str:
-    """The table of the CPU, in bf16."""
+    """The tables of the CPU: bf16, fp32, one vector added, two threads."""
+    results, name = found["results"], found["provenance"]["name"]
+    form = results["form"]
+    cases = {(case["dtype"], case["work"], case["tokens"], case["width"]): case for case in results["cases"]}
+    shapes = [(tokens, width) for dtype, work, tokens, width in cases if (dtype, work) == ("bf16", "read")]
     lines = [
-        "bf16, 171 concepts, one thread, median microseconds:",
+        f"{name}, 171 concepts, one thread, median microseconds. By itself emovec takes `{form}` there.",
+        "Peaks are those of the instruction that a form multiplies with, measured in the same turns.",
         "",
-        "| tokens x width | read | torch | read, norm and add | torch | torch / emovec |",
-        "|---|---|---|---|---|---|",
+        "| bf16: tokens x width | read | of peak | torch | torch / emovec | read, norm and add | of the read | torch | torch / emovec |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for case in found["results"]["cases"]:
-        read, add = case["read"], case["read + norm + add"]
-        if case["dtype"] == "bf16":
-            cells = (read[FORM], read["torch"], add[FORM], add["torch"])
-            numbers = " | ".join(f"{value:,.0f}" for value in cells)
-            lines.append(f"| {case['tokens']} x {case['width']} | {numbers} | {add['torch'] / add[FORM]:.1f} |")
+    for shape in shapes:
+        read, add = cases["bf16", "read", *shape], cases["bf16", "read + norm + add", *shape]
+        cells = [*pair(read, form, f"{read['share_of_peak'].get(form, 0):.0%}"), *pair(add, form, f"{add['times_read'][form]:.2f}")]
+        lines.append(f"| {shape[0]} x {shape[1]} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"Measured by `python bench/cpu.py` on {found['provenance']['name']}; fp32 and other forms: bench/results/cpu.json.",
-        "Torch's side is its best form: a product with a padded, contiguous bank, a norm, a gather and an in-place add.",
+        "| fp32, read: tokens x width | AVX-512 | of peak | AVX2 | of peak | torch | torch / AVX-512 | torch / AVX2 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for shape in shapes:
+        case = cases["fp32", "read", *shape]
+        (wide, share, torch, of_wide), (narrow, narrow_share, _, of_narrow) = (
+            pair(case, one, f"{case['share_of_peak'].get(one, 0):.0%}") for one in ("cpu_avx512", "cpu_avx2")
+        )
+        lines.append(f"| {shape[0]} x {shape[1]} | {wide} | {share} | {narrow} | {narrow_share} | {torch} | {of_wide} | {of_narrow} |")
+    versions = results["peers"]
+    peers = [f"{package} {versions[package]}" for package in versions]
+    lines += [
+        "",
+        f"| one vector added, bf16: tokens x width | the op | torch `add_` | emovec's hook | {' | '.join(peers)} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for shape in shapes:
+        times = cases["bf16", "add", *shape]["min_median_max_us"]
+        cells = [f"{times[one][1]:,.1f}" for one in (form, "torch", "emovec's hook", *versions)]
+        lines.append(f"| {shape[0]} x {shape[1]} | {' | '.join(cells)} |")
+    lines += ["", "| two threads against one, bf16: tokens x width | work | emovec | torch |", "|---|---|---|---|"]
+    for case in results["two_threads"]:
+        speedup = case["speedup"]
+        lines.append(f"| {case['tokens']} x {case['width']} | {case['work']} | {speedup[form]:.2f} | {speedup['torch']:.2f} |")
+    lines += [
+        "",
+        "Measured by `make bench`; more in bench/results/cpu.json. Torch's side is its best form: the fastest of `mm` with a padded,",
+        "contiguous bank, `linear`, `addmm` and `mv`; a fused norm, a gather and an in-place add.",
     ]
     return "\n".join(lines)
+
+
+def best_torch(case: dict[str, Any]) -> float:
+    """Median microseconds of torch's fastest form of a work."""
+    return float(min(times[1] for name, times in case["min_median_max_us"].items() if name.startswith("torch")))
+
+
+def pair(case: dict[str, Any], form: str, between: str) -> list[str]:
+    """Ours, a remark on it, torch's best, and how many times as long that takes."""
+    ours, torch = case["min_median_max_us"][form][1], best_torch(case)
+    return [f"{ours:,.{0 if ours >= 100 else 1}f}", between, f"{torch:,.{0 if torch >= 100 else 1}f}", f"{torch / ours:.2f}"]
 
 
 def gpu(found: dict[str, Any]) -> str:
