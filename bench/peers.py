@@ -56,6 +56,7 @@ def repeng(vector: Tensor) -> nn.Module:
     assert spec.loader is not None
     control: Any = module_from_spec(spec)
     spec.loader.exec_module(control)
-    block: nn.Module = control.ControlModule(nn.Identity())
+    block: Any = control.ControlModule(nn.Identity())
     block.set_control(control.BlockControlParams(vector))
-    return block
+    added: nn.Module = block
+    return added
