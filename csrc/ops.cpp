@@ -2,6 +2,7 @@
 // from 2.10 on, with or without CUDA. Everything is checked before anything is written.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -216,14 +217,19 @@ CurrentStream current_stream() {
 void apply_cuda(Tensor x, Tensor readers, Tensor directions, Tensor mean, Tensor inv_std, Optional residual, Optional row,
                 Optional delta, Optional gate, Optional gate_threshold, Optional rule_concept, Optional rule_bounds,
                 Optional rule_solve, Optional scores, Optional sqnorm, int64_t form) {
-  const ev_args a = checked(x, readers, directions, mean, inv_std, residual, row, delta, gate, gate_threshold, rule_concept,
-                            rule_bounds, rule_solve, scores, sqnorm);
+  ev_args a = checked(x, readers, directions, mean, inv_std, residual, row, delta, gate, gate_threshold, rule_concept,
+                      rule_bounds, rule_solve, scores, sqnorm);
   STD_TORCH_CHECK(a.d % 8 == 0, "emovec: on a GPU d must be a multiple of 8, got ", a.d);
   STD_TORCH_CHECK(current_stream(), "emovec: x is on a GPU, but libtorch_cuda is not loaded or does not tell the current stream");
   const int32_t device = x.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   STD_TORCH_CHECK(current_stream()(device, &stream) == 0, "emovec: torch does not tell the current stream of GPU ", device);
+  std::optional<Tensor> workspace;  // torch's own, so that a captured call has one of its graph's
+  if (const int64_t floats = ev_cuda_workspace(&a, static_cast<int32_t>(form)); floats > 0) {
+    workspace = torch::stable::new_empty(x, {floats}, ScalarType::Float);
+    a.workspace = data<float>(*workspace);
+  }
   const int error = ev_cuda_apply(&a, static_cast<int32_t>(form), stream);
   STD_TORCH_CHECK(error != EV_NO_KERNEL, "emovec: this GPU cannot run form ", form, " on this call");
   STD_TORCH_CHECK(error == 0, "emovec: the CUDA kernel was not launched: ", ev_cuda_error_string(error));

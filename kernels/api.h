@@ -37,6 +37,7 @@ struct ev_args {
   float* scores;  // [N, K], rows scores_stride elements apart, or null
   int64_t scores_stride;
   float* sqnorm;  // [N] or null
+  float* workspace;  // as many floats as `ev_cuda_workspace` says; not initialised
 };
 
 // The kernels by number, as `apply_(form=)` takes them; 0 takes the fastest.
@@ -53,6 +54,7 @@ enum ev_kernel : int32_t {
   EV_CUDA_STREAM_SM90_BY_2 = 19,  // blocks share a tile of tokens
   EV_CUDA_STREAM_SM90_BY_4 = 20,
   EV_CUDA_STREAM_SM90_BY_8 = 21,
+  EV_CUDA_SLICED = 22,
 };
 
 extern "C" {
@@ -79,6 +81,9 @@ const ev_cpu_form* ev_cpu_form_for(int32_t kernel);
 
 // The number of the fastest form that this processor can run.
 int32_t ev_cpu_fastest(void);
+
+// How many floats of workspace `kernel` needs for this call on the current device.
+int64_t ev_cuda_workspace(const ev_args* args, int32_t kernel);
 
 // Enqueue on `stream` (a cudaStream_t) of the current device. Returns a cudaError_t, which `ev_cuda_error_string` words, or
 // EV_NO_KERNEL where `kernel` cannot run this call on this device.

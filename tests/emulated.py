@@ -17,7 +17,7 @@ from cases import DTYPES, Case
 ROOT = Path(__file__).parent.parent
 SHARED = 227 * 1024  # bytes a block can have on sm_90
 NO_KERNEL = -1
-PORTABLE, DECODE, STREAM = 16, 17, 18  # `ev_kernel` of kernels/api.h
+PORTABLE, DECODE, STREAM, SLICED = 16, 17, 18, 22  # `ev_kernel` of kernels/api.h
 
 
 class _Table(ctypes.Structure):
@@ -40,6 +40,7 @@ class _Args(ctypes.Structure):
         ("scores", ctypes.c_void_p),
         ("scores_stride", ctypes.c_int64),
         ("sqnorm", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
     ]
 
 
@@ -57,8 +58,9 @@ def cuda_headers() -> Path | None:
 
 @cache
 def build() -> Callable[..., int]:
-    """``run(case, multiprocessors=132, shared=SHARED, cluster=0, stream=0)``: the portable kernel; with ``cluster`` > 0 the decode
-    kernel on a GPU that has clusters of that many blocks; with ``stream`` > 0 the stream kernel with so many blocks to a tile.
+    """``run(case, multiprocessors=132, shared=SHARED, cluster=0, stream=0, sliced=False)``: the portable kernel, whole or on slices;
+    with ``cluster`` > 0 the decode kernel on a GPU that has clusters of that many blocks; with ``stream`` > 0 the stream kernel with
+    so many blocks to a tile.
     Returns 0, or NO_KERNEL where the kernel cannot run the call."""
     headers, compiler = cuda_headers(), shutil.which("c++")
     if headers is None or compiler is None:
@@ -74,7 +76,7 @@ def build() -> Callable[..., int]:
     function = ctypes.CDLL(str(library)).ev_emulated_apply
     shutil.rmtree(library.parent)  # it stays loaded
 
-    def run(case: Case, multiprocessors: int = 132, shared: int = SHARED, cluster: int = 0, stream: int = 0) -> int:
+    def run(case: Case, multiprocessors: int = 132, shared: int = SHARED, cluster: int = 0, stream: int = 0, sliced: bool = False) -> int:
         o = case.operands
         concepts, width = o.directions.shape
         readers = torch.zeros(concepts + -concepts % 16, width, dtype=case.x.dtype)  # as they are packed for a GPU
@@ -95,7 +97,7 @@ def build() -> Callable[..., int]:
             a.scores, a.scores_stride = case.scores.data_ptr(), case.scores.stride(0)
         if case.sqnorm is not None:
             a.sqnorm = case.sqnorm.data_ptr()
-        kernel = STREAM + stream.bit_length() - 1 if stream else DECODE if cluster else PORTABLE
+        kernel = STREAM + stream.bit_length() - 1 if stream else DECODE if cluster else SLICED if sliced else PORTABLE
         result = function(ctypes.byref(a), kernel, multiprocessors, shared, cluster)
         assert result in (0, NO_KERNEL)
         return int(result)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
@@ -11,8 +10,7 @@ from cases import DTYPES, MODES, Case, make, same_bits
 
 from emovec import _host, ops
 
-WITHOUT = os.environ.get("EMOVEC_WITHOUT")  # a form to leave out
-FORMS = {name: number for name, number in _host.kernels().items() if name.startswith("cuda_") and name != WITHOUT}
+FORMS = {name: number for name, number in _host.kernels().items() if name.startswith("cuda_")}
 pytestmark = [
     pytest.mark.skipif(not FORMS, reason="this build has no CUDA kernels (no nvcc when it was built)"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -39,9 +37,11 @@ def forms(case: Case) -> list[str]:
     """The forms that can run this call; the automatic choice too."""
     runs = ["auto", "cuda_portable"]
     (tokens, width), concepts = case.x.shape, case.operands.directions.shape[0]
-    sliced = any(width % (16 * blocks) == 0 and width // blocks >= 128 for blocks in (4, 8, 16))
+    if width * case.x.element_size() > 1024:
+        runs.append("cuda_sliced")
+    slices = any(width % (16 * blocks) == 0 and width // blocks >= 128 for blocks in (4, 8, 16))
     narrow = case.x.dtype != torch.float32 and concepts <= 256
-    if "cuda_decode_sm90" in FORMS and torch.cuda.get_device_capability()[0] in (9, 10) and sliced and narrow and tokens <= 2500:
+    if "cuda_decode_sm90" in FORMS and torch.cuda.get_device_capability()[0] in (9, 10) and slices and narrow and tokens <= 2500:
         runs.append("cuda_decode_sm90")
     if "cuda_stream_sm90" in FORMS and torch.cuda.get_device_capability() == (9, 0) and streams(case):
         runs.append("cuda_stream_sm90")
@@ -125,14 +125,15 @@ def test_misaligned_operands() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_token_does_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("form", ["cuda_portable", "cuda_sliced"])
+def test_a_token_does_not_depend_on_the_batch(form: str, dtype: torch.dtype) -> None:
     """Within a form, whatever the tile: 9000 tokens take other tiles than 1, 8 or 2600."""
-    whole = make(9000, 512, 171, dtype, seed=3, device="cuda")
-    whole.run(FORMS["cuda_portable"])
-    part = make(9000, 512, 171, dtype, seed=3, device="cuda")
+    whole = make(9000, 520, 171, dtype, seed=3, device="cuda")
+    whole.run(FORMS[form])
+    part = make(9000, 520, 171, dtype, seed=3, device="cuda")
     for begin, end in [(0, 1), (1, 8), (8, 17), (17, 65), (65, 157), (157, 2757), (2757, 9000)]:
         scores, sqnorm = part.scores[begin:end], part.sqnorm[begin:end]
-        Case(part.x[begin:end], part.operands, part.table, part.row[begin:end], None, scores, sqnorm).run(FORMS["cuda_portable"])
+        Case(part.x[begin:end], part.operands, part.table, part.row[begin:end], None, scores, sqnorm).run(FORMS[form])
     assert same_bits(part.x, whole.x)
     assert same_bits(part.scores, whole.scores)
     assert same_bits(part.sqnorm, whole.sqnorm)

@@ -86,7 +86,7 @@ def test_the_stream_kernel() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_register_is_spilled(architecture: str) -> None:
     kernels = {name: used for name, used in usage(architecture).items() if "portable" in name}
-    assert len(kernels) == 8, sorted(kernels)
+    assert len(kernels) == 17, sorted(kernels)  # 8 tiles, 6 of them on slices too, and what follows slices in 3 dtypes
     for name, used in kernels.items():
         assert used["STACK"] <= SOLVER_STACK, (name, used)
         assert used["LOCAL"] == 0, (name, used)

@@ -40,6 +40,33 @@ def test_agrees_with_the_reference(emulate: Callable[..., int], dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_slices(emulate: Callable[..., int], dtype: torch.dtype, mode: str) -> None:
+    """A ragged last slice; tiles of one token and more; more concepts than a pass takes."""
+    for shape, multiprocessors in [((1, 520, 1), 132), ((37, 1064, 171), 132), ((70, 648, 177), 1)]:
+        case = make(*shape, dtype, seed=4, **MODES[mode])
+        assert emulate(case, multiprocessors, sliced=True) == 0
+        case.check()
+
+
+def test_slices_do_not_depend_on_the_batch(emulate: Callable[..., int]) -> None:
+    whole, part = (make(90, 1200, 171, torch.bfloat16, seed=3) for _ in range(2))
+    assert emulate(whole, 1, sliced=True) == 0
+    for begin, end in [(0, 1), (1, 9), (9, 90)]:
+        scores, sqnorm = part.scores[begin:end], part.sqnorm[begin:end]
+        emulate(Case(part.x[begin:end], part.operands, part.table, part.row[begin:end], None, scores, sqnorm), 132, sliced=True)
+    assert same_bits(part.x, whole.x)
+    assert same_bits(part.scores, whole.scores)
+    assert same_bits(part.sqnorm, whole.sqnorm)
+
+
+def test_one_slice_is_none(emulate: Callable[..., int]) -> None:
+    case = make(4, 512, 9, torch.bfloat16, seed=3)
+    assert emulate(case, sliced=True) == emulated.NO_KERNEL
+    assert same_bits(case.x, case.before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_token_does_not_depend_on_the_tile(emulate: Callable[..., int], dtype: torch.dtype) -> None:
     whole, part = (make(140, 200, 171, dtype, seed=3) for _ in range(2))
     emulate(whole, 1)

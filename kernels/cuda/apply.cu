@@ -44,7 +44,7 @@ int stream_ranks(int32_t kernel) { return 1 << (kernel - EV_CUDA_STREAM_SM90); }
 
 int32_t fastest(const ev_args& a, const ev::Device& device) {
   if (a.n <= kDecodeTokens && ev::decode_sm90_runs(a, device)) return EV_CUDA_DECODE_SM90;
-  if (!ev::stream_sm90_runs(a, device, 1)) return EV_CUDA_PORTABLE;
+  if (!ev::stream_sm90_runs(a, device, 1)) return ev::slicing_pays(a, device) ? EV_CUDA_SLICED : EV_CUDA_PORTABLE;
   // As many blocks to a tile as run at once.
   int log = 3;
   while (log > 0 && (a.n + 127) / 128 > device.stream_clusters[log]) --log;
@@ -53,8 +53,14 @@ int32_t fastest(const ev_args& a, const ev::Device& device) {
 
 }  // namespace
 
+extern "C" int64_t ev_cuda_workspace(const ev_args* args, int32_t kernel) {
+  ev::Device device{};
+  if (kernel == EV_AUTO && args->n > 0 && describe(device) == cudaSuccess) kernel = fastest(*args, device);
+  return kernel == EV_CUDA_SLICED ? ev::sliced_workspace(*args) : 0;
+}
+
 extern "C" int ev_cuda_apply(const ev_args* args, int32_t kernel, void* stream) {
-  if (kernel != EV_AUTO && (kernel < EV_CUDA_PORTABLE || kernel > EV_CUDA_STREAM_SM90_BY_8)) return EV_NO_KERNEL;
+  if (kernel != EV_AUTO && (kernel < EV_CUDA_PORTABLE || kernel > EV_CUDA_SLICED)) return EV_NO_KERNEL;
   const bool writes = args->table.delta || args->scores || args->sqnorm;
   if (args->n == 0 || !writes) return cudaSuccess;
   ev::Device device{};
@@ -64,6 +70,7 @@ extern "C" int ev_cuda_apply(const ev_args* args, int32_t kernel, void* stream) 
   auto* const on = static_cast<cudaStream_t>(stream);
   switch (kernel) {
     case EV_CUDA_PORTABLE: return ev::apply_portable(*args, device, on);
+    case EV_CUDA_SLICED: return ev::sliced_runs(*args) ? ev::apply_sliced(*args, device, on) : EV_NO_KERNEL;
     case EV_CUDA_DECODE_SM90: return ev::decode_sm90_runs(*args, device) ? ev::apply_decode_sm90(*args, device, on) : EV_NO_KERNEL;
     default: {
       const int ranks = stream_ranks(kernel);

@@ -16,6 +16,12 @@ struct Device {
 
 cudaError_t apply_portable(const ev_args& a, const Device& device, cudaStream_t stream);
 
+// The portable kernel on slices of the columns; `a.workspace` has sliced_workspace(a) floats.
+bool sliced_runs(const ev_args& a);
+bool slicing_pays(const ev_args& a, const Device& device);
+int64_t sliced_workspace(const ev_args& a);
+cudaError_t apply_sliced(const ev_args& a, const Device& device, cudaStream_t stream);
+
 bool decode_sm90_runs(const ev_args& a, const Device& device);
 cudaError_t apply_decode_sm90(const ev_args& a, const Device& device, cudaStream_t stream);
 int decode_sm90_cluster(int shared_bytes);  // for Device; asks the current device, which must be of sm_90 or sm_100

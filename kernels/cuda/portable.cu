@@ -6,7 +6,10 @@
 // on the way. Then, for tokens with a gate or rules, the projections are complete: choose the row, solve the rules, read
 // x once more (mostly from L2) and write it.
 //
-// A projection is summed in the same order whatever the tile: over the columns in fp32, of partial sums over the 128
+// Where tiles are few, slices of kSliceBytes of columns are projected by a block each (the "sliced" form): they leave their parts of
+// the projections in a workspace, and a second kernel adds those up in the order of the slices and goes on from there.
+//
+// A projection is summed in the same order whatever the tile: over the columns (of a slice) in fp32, of partial sums over the 128
 // bytes of a stage. The partial sums are short because tensor cores truncate what they add.
 #include <cuda_runtime.h>
 
@@ -17,7 +20,16 @@
 namespace ev {
 namespace {
 
-enum : int { kWarps = 8, kThreads = kWarps * 32, kStageBytes = 128, kConceptTiles = 22, kMaxStages = 4 };
+enum : int {
+  kWarps = 8,
+  kThreads = kWarps * 32,
+  kStageBytes = 128,
+  kConceptTiles = 22,
+  kMaxStages = 4,
+  kSliceStages = 8,
+  kFinishTokens = 4,  // of a block that adds up slices
+  kFinishThreads = 512,
+};
 
 // MW warps along the tokens with MT tiles of 16 each, the others along the concepts. One pass takes 176 concepts or a few
 // more, so that 171 need one.
@@ -38,16 +50,24 @@ struct Tile {
 struct Layout {
   int stages, stage_bytes;
   int projections, coefficients;  // byte offsets
-  int pitch;                      // of the projections, in floats
+  int pitch;                      // of the projections, and of the workspace [slices, n, pitch], in floats
   int bytes;
 };
+
+// In the workspace squares follow the projections.
+inline int pitch_of(const ev_args& a) { return static_cast<int>(a.k_padded) + 4; }
+inline int slices_of(const ev_args& a) {
+  const int64_t columns = kSliceStages * kStageBytes / (a.dtype == EV_F32 ? 4 : 2);
+  return static_cast<int>((a.d + columns - 1) / columns);
+}
 
 template <class T>
 struct Rows {
   const T* first;
   int64_t stride;
   bool aligned;
-  __device__ __forceinline__ Rows(const void* p, int64_t stride) : first(static_cast<const T*>(p)), stride(stride), aligned(is_aligned(p, stride * sizeof(T))) {}
+  __device__ __forceinline__ Rows(const void* p, int64_t stride)
+      : first(static_cast<const T*>(p)), stride(stride), aligned(is_aligned(p, stride * sizeof(T))) {}
 };
 
 // Byte offset of 16-byte vector `vector` of row `row` of a stage; permuted so that ldmatrix meets no bank conflict.
@@ -122,45 +142,48 @@ __device__ __forceinline__ void stream_stage(const ev_args& a, int64_t first, co
   }
 }
 
-// One pass over the tile's columns: projections on `concepts` concepts from `concept` on (0: none), squares, adds.
-template <class T, int MW, int MT>
+// One pass over the tile's columns, SLICED: over its slice of them. Projections on `concepts` concepts from `concept` on (0: none), squares, adds.
+template <class T, int MW, int MT, bool SLICED>
 __device__ __forceinline__ void pass(const ev_args& a, const Layout& layout, char* ring, int64_t first, int count, int64_t concept, int concepts,
                                      const int32_t* add, float (&acc)[MT][Tile<T, MW, MT>::kConceptTilesPerWarp][4],
                                      float (&square)[Tile<T, MW, MT>::kVectorsPerThread], bool streams, bool adds) {
   using S = Tile<T, MW, MT>;
   const Rows<T> x(a.x, a.x_stride), residual(a.residual, a.residual_stride), readers(a.readers, a.d);
-  const int steps = static_cast<int>((a.d + S::kColumns - 1) / S::kColumns);
+  const int all_steps = static_cast<int>((a.d + S::kColumns - 1) / S::kColumns), begin = SLICED ? static_cast<int>(blockIdx.y) * kSliceStages : 0;
+  const int end = SLICED && begin + kSliceStages < all_steps ? begin + kSliceStages : all_steps;
   const int readers_at = S::kTokens * kStageBytes, residual_at = readers_at + S::kConcepts * kStageBytes;
 
   const auto bring = [&](int step) {
-    if (step < steps) {
+    if (step < end) {
       char* stage = ring + step % layout.stages * layout.stage_bytes;
-      fetch<S::kTokens>(stage, x, first, count, static_cast<int64_t>(step) * S::kColumns, a.d);
-      if (a.residual) fetch<S::kTokens>(stage + residual_at, residual, first, count, static_cast<int64_t>(step) * S::kColumns, a.d);
-      fetch<S::kConcepts>(stage + readers_at, readers, concept, concepts, static_cast<int64_t>(step) * S::kColumns, a.d);
+      const int64_t column = static_cast<int64_t>(step) * S::kColumns;
+      fetch<S::kTokens>(stage, x, first, count, column, a.d);
+      if (a.residual) fetch<S::kTokens>(stage + residual_at, residual, first, count, column, a.d);
+      fetch<S::kConcepts>(stage + readers_at, readers, concept, concepts, column, a.d);
     }
     commit_group();  // empty ones too, so that the count of groups tells which have landed
   };
 
 #pragma unroll 1
-  for (int step = 1 - layout.stages; step < steps; ++step) {  // the first rounds only fill the ring
-    if (step >= 0) {
+  for (int step = begin + 1 - layout.stages; step < end; ++step) {  // the first rounds only fill the ring
+    if (step >= begin) {
       wait_groups(layout.stages - 2);
       __syncthreads();
     }
     bring(step + layout.stages - 1);
-    if (step < 0) continue;
+    if (step < begin) continue;
     const char* stage = ring + step % layout.stages * layout.stage_bytes;
 #pragma unroll 1
     for (const char* source = stage; concepts > 0 && source; source = a.residual && source == stage ? stage + residual_at : nullptr)
       multiply_stage<T, MW, MT>(acc, source, stage + readers_at);
-    if (streams) stream_stage<T, MW, MT>(a, first, add, stage, a.residual ? stage + residual_at : nullptr, static_cast<int64_t>(step) * S::kColumns, square, adds);
+    if (!streams) continue;
+    stream_stage<T, MW, MT>(a, first, add, stage, a.residual ? stage + residual_at : nullptr, static_cast<int64_t>(step) * S::kColumns, square, adds);
   }
   __syncthreads();
 }
 
-// Write this thread's projections as scores, and keep them in `kept` if it is not null.
-template <class T, int MW, int MT>
+// Keep this thread's projections in `kept` if it is not null, and unless they are SLICED write them as scores.
+template <class T, int MW, int MT, bool SLICED>
 __device__ __forceinline__ void write_scores(const ev_args& a, int64_t first, int count, int64_t concept, float* kept, int pitch,
                                              const float (&acc)[MT][Tile<T, MW, MT>::kConceptTilesPerWarp][4]) {
   using S = Tile<T, MW, MT>;
@@ -179,15 +202,15 @@ __device__ __forceinline__ void write_scores(const ev_args& a, int64_t first, in
         for (int half = 0; half < 2; ++half) {
           const int t = token + m * 16 + half * 8;
           const float p = acc[m][n][half * 2 + side];
-          if (a.scores && t < count) a.scores[(first + t) * a.scores_stride + k] = ev_score(p, mean, inv_std);
-          if (kept) kept[t * pitch + k] = p;
+          if (!SLICED && a.scores && t < count) a.scores[(first + t) * a.scores_stride + k] = ev_score(p, mean, inv_std);
+          if (kept && (!SLICED || t < count)) kept[t * pitch + k] = p;
         }
       }
     }
   }
 }
 
-template <class T, int MW, int MT>
+template <class T, int MW, int MT, bool SLICED>
 __global__ void __launch_bounds__(kThreads, 1) portable(const __grid_constant__ ev_args a, const __grid_constant__ Layout layout) {
   using S = Tile<T, MW, MT>;
   EV_DYNAMIC_SHARED(shared, 128);
@@ -196,6 +219,7 @@ __global__ void __launch_bounds__(kThreads, 1) portable(const __grid_constant__ 
   float* coefficients = reinterpret_cast<float*>(shared + layout.coefficients);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * S::kTokens;
   const int count = static_cast<int>(a.n - first < S::kTokens ? a.n - first : S::kTokens);
+  const auto part = [&] { return a.workspace + (blockIdx.y * a.n + first) * layout.pitch; };  // of the slice
 
   const bool waits = sort_tokens(a, first, count, tokens);
   const bool projects = a.scores || waits;
@@ -207,34 +231,68 @@ __global__ void __launch_bounds__(kThreads, 1) portable(const __grid_constant__ 
       const bool last = !projects || concept + S::kConcepts >= a.k;
       const bool squares = a.sqnorm && last, adds = a.table.delta && last;
       float acc[MT][S::kConceptTilesPerWarp][4] = {};
-      pass<T, MW, MT>(a, layout, shared, first, count, concept, concepts, tokens.add, acc, square, squares || adds, adds);
-      if (projects) write_scores<T, MW, MT>(a, first, count, concept, waits ? projections : nullptr, layout.pitch, acc);
+      pass<T, MW, MT, SLICED>(a, layout, shared, first, count, concept, concepts, tokens.add, acc, square, squares || adds, adds);
+      float* kept = SLICED ? part() : waits ? projections : nullptr;
+      if (projects) write_scores<T, MW, MT, SLICED>(a, first, count, concept, kept, layout.pitch, acc);
     }
 #pragma unroll
     for (int i = 0; i < S::kVectorsPerThread; ++i) {
       float sum = square[i];
       for (int distance = 1; distance < 8; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
       const int t = threadIdx.x / 8 + i * (kThreads / 8);
-      if (a.sqnorm && threadIdx.x % 8 == 0 && t < count) a.sqnorm[first + t] = sum;
+      if (a.sqnorm && threadIdx.x % 8 == 0 && t < count) (SLICED ? part()[t * layout.pitch + a.k_padded] : a.sqnorm[first + t]) = sum;
     }
-    if (!waits) return;
+    if (SLICED || !waits) return;
     __syncthreads();
     decide(a, first, tokens, projections, layout.pitch, coefficients);
     __syncthreads();
     steer_tokens<T>(a, first, S::kTokens, tokens.row, coefficients);
-  } else if (a.table.delta) {
+  } else if (a.table.delta && (!SLICED || blockIdx.y == 0)) {
     __syncthreads();
     steer_tokens<T>(a, first, S::kTokens, tokens.add, nullptr);
   }
 }
 
+// What follows from the slices' parts of the projections of a few tokens.
+template <class T>
+__global__ void __launch_bounds__(kFinishThreads) finish(const __grid_constant__ ev_args a, int slices, int pitch) {
+  EV_DYNAMIC_SHARED(shared, 128);
+  __shared__ Tokens<kFinishTokens> tokens;
+  __shared__ float coefficients[kFinishTokens * EV_MAX_RULES];
+  float* projections = reinterpret_cast<float*>(shared);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kFinishTokens;
+  const int count = static_cast<int>(a.n - first < kFinishTokens ? a.n - first : kFinishTokens);
+  const bool waits = sort_tokens(a, first, count, tokens);
+
+  for (int i = threadIdx.x; i < count * pitch; i += blockDim.x) {
+    const int t = i / pitch, k = i % pitch;
+    const bool is_square = k == a.k_padded && a.sqnorm;
+    if (!is_square && (k >= a.k || !(a.scores || waits))) continue;
+    const float* part = a.workspace + (first + t) * pitch + k;
+    float sum = part[0];
+#pragma unroll 8
+    for (int slice = 1; slice < slices; ++slice) sum += part[slice * a.n * pitch];
+    if (is_square) {
+      a.sqnorm[first + t] = sum;
+    } else {
+      projections[i] = sum;
+      if (a.scores) a.scores[(first + t) * a.scores_stride + k] = ev_score(sum, a.mean[k], a.inv_std[k]);
+    }
+  }
+  if (!waits) return;
+  __syncthreads();
+  decide(a, first, tokens, projections, pitch, coefficients);
+  __syncthreads();
+  steer_tokens<T>(a, first, kFinishTokens, tokens.row, coefficients);
+}
+
 template <class T, int MW, int MT>
-Layout layout_for(const ev_args& a, int limit) {
+Layout layout_for(const ev_args& a, int limit, bool sliced) {
   using S = Tile<T, MW, MT>;
   Layout layout{};
   layout.stage_bytes = (S::kTokens * (a.residual ? 2 : 1) + S::kConcepts) * kStageBytes;
-  layout.pitch = static_cast<int>(a.k_padded) + 4;
-  const bool steers = a.table.delta, one_pass = a.k <= S::kConcepts;
+  layout.pitch = pitch_of(a);
+  const bool steers = a.table.delta && !sliced, one_pass = a.k <= S::kConcepts;
   for (layout.stages = kMaxStages; layout.stages >= 2; --layout.stages) {
     const int ring = layout.stages * layout.stage_bytes;
     layout.projections = one_pass ? 0 : ring;
@@ -246,7 +304,7 @@ Layout layout_for(const ev_args& a, int limit) {
   return Layout{};
 }
 
-// A tile's time is about that of bringing its rows and the readers' into its multiprocessor, a wave's that of a tile.
+// A stage's time is about that of bringing its rows and the readers' into the multiprocessor, a wave's that of a block.
 struct Choice {
   cudaError_t (*launch)(const ev_args&, const Layout&, cudaStream_t) = nullptr;
   Layout layout{};
@@ -254,44 +312,82 @@ struct Choice {
 };
 
 template <class T, int MW, int MT>
-cudaError_t launch_tile(const ev_args& a, const Layout& layout, cudaStream_t stream) {
-  const int64_t tiles = (a.n + Tile<T, MW, MT>::kTokens - 1) / Tile<T, MW, MT>::kTokens;
-  return launch(portable<T, MW, MT>, dim3(static_cast<unsigned>(tiles)), kThreads, layout.bytes, stream, 1, a, layout);
+int64_t tiles_of(const ev_args& a) {
+  return (a.n + Tile<T, MW, MT>::kTokens - 1) / Tile<T, MW, MT>::kTokens;
 }
 
-template <class T, int MW, int MT>
+template <class T, int MW, int MT, bool SLICED>
+cudaError_t launch_tile(const ev_args& a, const Layout& layout, cudaStream_t stream) {
+  const dim3 blocks(static_cast<unsigned>(tiles_of<T, MW, MT>(a)), SLICED ? static_cast<unsigned>(slices_of(a)) : 1);
+  return launch(portable<T, MW, MT, SLICED>, blocks, kThreads, layout.bytes, stream, 1, a, layout);
+}
+
+template <class T, int MW, int MT, bool SLICED>
 void consider(Choice& best, const ev_args& a, const Device& device) {
   using S = Tile<T, MW, MT>;
-  const Layout layout = layout_for<T, MW, MT>(a, device.shared_bytes);
+  const Layout layout = layout_for<T, MW, MT>(a, device.shared_bytes, SLICED);
   if (layout.stages == 0) return;
-  const int64_t tiles = (a.n + S::kTokens - 1) / S::kTokens;
-  const int64_t waves = (tiles + device.multiprocessors - 1) / device.multiprocessors;
-  const int64_t cost = waves * (S::kTokens + S::kConcepts);
-  if (!best.launch || cost < best.cost) best = {launch_tile<T, MW, MT>, layout, cost};
+  const int64_t blocks = tiles_of<T, MW, MT>(a) * (SLICED ? slices_of(a) : 1);
+  const int64_t stages = SLICED ? static_cast<int64_t>(kSliceStages) : (a.d + S::kColumns - 1) / S::kColumns;
+  const int64_t cost = (blocks + device.multiprocessors - 1) / device.multiprocessors * (S::kTokens + S::kConcepts) * stages;
+  if (!best.launch || cost < best.cost) best = {launch_tile<T, MW, MT, SLICED>, layout, cost};
+}
+
+template <class T, bool SLICED>
+Choice choose(const ev_args& a, const Device& device) {
+  Choice best;
+  consider<T, 1, 1, SLICED>(best, a, device);
+  if constexpr (sizeof(T) == 2) {
+    consider<T, 4, 1, SLICED>(best, a, device);
+    if constexpr (!SLICED) consider<T, 4, 2, false>(best, a, device);  // its registers are all in use
+  } else {
+    consider<T, 2, 1, SLICED>(best, a, device);  // its operands take twice the registers
+  }
+  return best;
+}
+
+template <bool SLICED>
+Choice choose(const ev_args& a, const Device& device) {
+  switch (a.dtype) {
+    case EV_F32: return choose<float, SLICED>(a, device);
+    case EV_BF16: return choose<__nv_bfloat16, SLICED>(a, device);
+    case EV_F16: return choose<__half, SLICED>(a, device);
+  }
+  return {};
 }
 
 template <class T>
-cudaError_t apply(const ev_args& a, const Device& device, cudaStream_t stream) {
-  Choice best;
-  consider<T, 1, 1>(best, a, device);
-  if constexpr (sizeof(T) == 2) {
-    consider<T, 4, 1>(best, a, device);
-    consider<T, 4, 2>(best, a, device);
-  } else {
-    consider<T, 2, 1>(best, a, device);  // its operands take twice the registers
-  }
-  return best.launch ? best.launch(a, best.layout, stream) : cudaErrorInvalidConfiguration;
+cudaError_t launch_finish(const ev_args& a, cudaStream_t stream) {
+  const dim3 blocks(static_cast<unsigned>((a.n + kFinishTokens - 1) / kFinishTokens));
+  return launch(finish<T>, blocks, kFinishThreads, kFinishTokens * pitch_of(a) * 4, stream, 1, a, slices_of(a), pitch_of(a));
 }
 
 }  // namespace
 
 cudaError_t apply_portable(const ev_args& a, const Device& device, cudaStream_t stream) {
+  const Choice choice = choose<false>(a, device);
+  return choice.launch ? choice.launch(a, choice.layout, stream) : cudaErrorInvalidConfiguration;
+}
+
+bool sliced_runs(const ev_args& a) { return slices_of(a) > 1; }
+int64_t sliced_workspace(const ev_args& a) { return slices_of(a) * a.n * pitch_of(a); }
+
+// The second kernel takes about as long as a few stages.
+bool slicing_pays(const ev_args& a, const Device& device) {
+  constexpr int64_t second = 8 * 200;
+  return sliced_runs(a) && (a.scores || a.sqnorm || a.table.rules > 0) && choose<true>(a, device).cost + second < choose<false>(a, device).cost;
+}
+
+cudaError_t apply_sliced(const ev_args& a, const Device& device, cudaStream_t stream) {
+  const Choice choice = choose<true>(a, device);
+  if (!choice.launch) return cudaErrorInvalidConfiguration;
+  const cudaError_t error = choice.launch(a, choice.layout, stream);
+  if (error != cudaSuccess) return error;
   switch (a.dtype) {
-    case EV_F32: return apply<float>(a, device, stream);
-    case EV_BF16: return apply<__nv_bfloat16>(a, device, stream);
-    case EV_F16: return apply<__half>(a, device, stream);
+    case EV_F32: return launch_finish<float>(a, stream);
+    case EV_BF16: return launch_finish<__nv_bfloat16>(a, stream);
+    default: return launch_finish<__half>(a, stream);
   }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace ev

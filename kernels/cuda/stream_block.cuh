@@ -42,7 +42,8 @@ __device__ __forceinline__ void bring_tokens(const Matrices& matrices, bool resi
   }
 }
 
-__device__ __forceinline__ void bring_readers(const Matrices& matrices, char* shared, RingBarriers<kMostReaderStages>& ring, int stages, int column, int steps) {
+__device__ __forceinline__ void bring_readers(const Matrices& matrices, char* shared, RingBarriers<kMostReaderStages>& ring, int stages, int column,
+                                              int steps) {
   Turn turn;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step, turn.next(stages)) {

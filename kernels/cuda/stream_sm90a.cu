@@ -215,7 +215,8 @@ class Stream : StreamBlock {
       float part[kProductValues];
 #pragma unroll 1
       for (int step = 0; step < kPartSteps && step < left; ++step) {
-        const uint32_t stage = shared_address(shared() + turn.slot * kTokenBytes), readers = shared_address(shared() + kReaderRing + reader_turn.slot * kReaderBytes);
+        const uint32_t stage = shared_address(shared() + turn.slot * kTokenBytes);
+        const uint32_t readers = shared_address(shared() + kReaderRing + reader_turn.slot * kReaderBytes);
         wait(rings().readers.landed + reader_turn.slot, reader_turn.phase);
         wait(rings().tokens[0].landed + turn.slot, turn.phase);
         __syncwarp();
@@ -330,7 +331,8 @@ class Stream : StreamBlock {
     for (int k = lane(); k < a.k; k += 32) {
       const float mean = a.mean[k], inv_std = a.inv_std[k];
 #pragma unroll 4
-      for (int t = begin; t < end; t += kStreamers + kProducts) a.scores[(first() + t) * a.scores_stride + k] = ev_score(projections()[t * kPitch + k], mean, inv_std);
+      for (int t = begin; t < end; t += kStreamers + kProducts)
+        a.scores[(first() + t) * a.scores_stride + k] = ev_score(projections()[t * kPitch + k], mean, inv_std);
     }
   }
 };

@@ -29,7 +29,7 @@
 namespace ev {
 
 struct EmulatedIndex {
-  unsigned x = 0;
+  unsigned x = 0, y = 0;
 };
 inline EmulatedIndex emulated_thread, emulated_block, emulated_block_size;
 
@@ -438,7 +438,8 @@ void multiply(float (&c)[VALUES], uint64_t a, uint64_t b, bool adds) {
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, cudaStream_t, int cluster, const Parameters&... arguments) {
   emulated_block_size.x = threads;
-  for (unsigned first = 0; first < blocks.x; first += cluster) Cluster(cluster, threads, bytes).run(first, [&] { kernel(arguments...); });
+  for (emulated_block.y = 0; emulated_block.y < blocks.y; ++emulated_block.y)
+    for (unsigned first = 0; first < blocks.x; first += cluster) Cluster(cluster, threads, bytes).run(first, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
 

@@ -1,4 +1,7 @@
 // The CUDA kernels on the emulator; they are compiled beside this file with EV_EMULATE.
+#include <cmath>
+#include <vector>
+
 #include "../../kernels/cuda/forms.h"
 
 // `cluster`: blocks of the decode kernel's largest cluster. Returns a cudaError_t, or EV_NO_KERNEL.
@@ -7,6 +10,13 @@ extern "C" __attribute__((visibility("default"))) int ev_emulated_apply(const ev
   const int ranks = kernel >= EV_CUDA_STREAM_SM90 ? 1 << (kernel - EV_CUDA_STREAM_SM90) : 0;
   switch (kernel) {
     case EV_CUDA_PORTABLE: return ev::apply_portable(*args, device, nullptr);
+    case EV_CUDA_SLICED: {
+      if (!ev::sliced_runs(*args)) return EV_NO_KERNEL;
+      std::vector<float> workspace(ev::sliced_workspace(*args), NAN);
+      ev_args a = *args;
+      a.workspace = workspace.data();
+      return ev::apply_sliced(a, device, nullptr);
+    }
     case EV_CUDA_DECODE_SM90: return ev::decode_sm90_runs(*args, device) ? ev::apply_decode_sm90(*args, device, nullptr) : EV_NO_KERNEL;
     case EV_CUDA_STREAM_SM90:
     case EV_CUDA_STREAM_SM90_BY_2:
