@@ -78,30 +78,56 @@ def gpu(found: dict[str, Any]) -> str:
     copy, product = results["ceilings"]["copy_bytes_per_s"] / 1e12, results["ceilings"]["product_flop_per_s"] / 1e12
     lines = [
         f"{found['provenance']['name']}, bf16, 171 concepts, median microseconds; each variant is checked against fp64 before it is timed.",
-        f"Copies ran at {copy:.2f} TB/s and bf16 products at {product:.0f} TFLOP/s in the same run.",
+        f"A copy ran at {copy:.2f} TB/s (read and written) and bf16 products at {product:.0f} TFLOP/s in the same run.",
         "",
-        "| tokens x width | work | floor | emovec | of the floor | portable form | torch | torch / emovec |",
-        "|---|---|---|---|---|---|---|---|",
+        "| tokens x width | work | floor | emovec | of the floor | portable | sliced | Triton | torch | torch / emovec |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for case in results["cases"]:
+    for case in sorted(results["cases"], key=lambda case: (case["width"], -case["tokens"])):
         floor = case["floor_us"]
-        ours, portable, torch = (case["min_median_max_us"][name][1] for name in ("auto", "portable", "torch"))
+        ours, portable, sliced, triton, torch = (
+            case["min_median_max_us"][name][1] for name in ("auto", "portable", "sliced", "triton", "torch")
+        )
         lines.append(
             f"| {case['tokens']:,} x {case['width']} | {case['work']} | {floor:,.1f} | {ours:,.1f} | {floor / ours:.0%} "
-            f"| {portable:,.0f} | {torch:,.1f} | {torch / ours:.1f} |"
+            f"| {portable:,.0f} | {sliced:,.0f} | {triton:,.0f} | {torch:,.1f} | {torch / ours:.1f} |"
         )
     lines += [
         "",
-        'Prefill is timed with rotated buffers, decode in graphs of 240 calls over 80 of them. "emovec" is the automatic choice:',
-        "`stream_sm90` from 2,048 tokens on, `decode_sm90` up to 512, portable between. torch: its best eager form (padded bank, fused",
-        "norm, gather, in-place add). Measured by `bench/gpu.sh time`; more in bench/results/gpu.json.",
+        "Calls are replayed from CUDA graphs over rotated buffers, the bank among them, so it comes from memory.",
+        '"emovec" is the automatic choice. torch: its best eager form (padded bank, fused norm, gather, in-place add), in a graph too.',
+        "Measured by `bench/gpu.sh time`; every form, minima and maxima are in bench/results/gpu.json.",
+    ]
+    return "\n".join(lines)
+
+
+def model(found: dict[str, Any]) -> str:
+    """What hooks cost a whole model on a GPU."""
+    cases = [case for case in found["results"]["cases"] if case["way"] == "graph"]
+    settings = list(dict.fromkeys(case["setting"] for case in cases))
+    lines = [
+        f"| batch | {' | '.join(settings)} |",
+        "|---" * (len(settings) + 1) + "|",
+    ]
+    for batch in dict.fromkeys(case["batch"] for case in cases):
+        row = {case["setting"]: case for case in cases if case["batch"] == batch}
+        cells = []
+        for one in settings:
+            ratio = f" (x {row[one]['ratio']:.3f})" if row[one]["hooked_layers"] else ""
+            cells.append(f"{row[one]['ms_min_median_max'][1]:.2f} ms{ratio}")
+        lines.append(f"| {batch} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"{found['provenance']['name']}: median time from one token to the next, as a CUDA graph of the step. Measured by",
+        "`python bench/end_to_end.py`; called from Python token by token, where the host is the limit, it is in",
+        "bench/results/end_to_end.json too.",
     ]
     return "\n".join(lines)
 
 
 def tables() -> dict[str, str]:
     """Every table of the page, from the committed results."""
-    return {"cpu": cpu(provenance.read("cpu")), "gpu": gpu(provenance.read("gpu"))}
+    return {"cpu": cpu(provenance.read("cpu")), "gpu": gpu(provenance.read("gpu")), "model": model(provenance.read("end_to_end"))}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 // A GPU's blocks on a CPU, so that the CUDA kernels' logic is tested where there is no GPU: every thread is a fiber, a warp's
-// collective operation happens when its last lane arrives, and asynchronous copies land as late as the program allows.
+// collective operation happens when its last lane arrives, and asynchronous copies land as late as the program allows, or bulk ones in
+// every other cluster as early.
 // Warps run in another order in every cluster, so that a missing barrier often shows; compute-sanitizer looks for the rest. One
 // cluster of blocks at a time.
 #pragma once
@@ -64,8 +65,9 @@ struct Copy {
 struct Landing {
   int arrivals = 1, arrived = 0, phase = 0, announced = 0, bytes = 0;
   std::vector<Copy> copies;
-  void bring(const Copy& copy) {
-    copies.push_back(copy);
+  void bring(const Copy& copy, bool at_once) {
+    if (at_once) copy.land();
+    else copies.push_back(copy);
     bytes += copy.bytes;
   }
 };
@@ -122,6 +124,8 @@ class Cluster {
   void run(unsigned first, std::function<void()> body) {
     enum : size_t { kStack = 64 << 10 };
     running() = this;
+    static unsigned runs = 0;
+    at_once = runs++ % 2;
     body_ = std::move(body);
     const int threads = static_cast<int>(fibers_.size());
     std::vector<std::unique_ptr<char[]>> stacks(threads);
@@ -165,6 +169,7 @@ class Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   Meeting meeting;
   bool progress = false, stalled = false;  // stalled: nobody went on in the last round
+  bool at_once = false;  // bulk copies land when they are issued, in every other cluster: what is filled too early shows
   unsigned stalls = 0;
   bool chosen(const uint64_t* barrier) const { return (reinterpret_cast<uintptr_t>(barrier) / 8 * 2654435761u + stalls * 40503u) >> 7 & 1; }
 
@@ -296,7 +301,7 @@ inline void announce(uint64_t* barrier, int bytes) {
 }
 inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16 || bytes <= 0) std::abort();
-  landing(barrier).bring({shared, global, bytes, true});
+  landing(barrier).bring({shared, global, bytes, true}, Block::current().cluster.at_once);
   Block::current().cluster.progress = true;
 }
 // Nothing lands before nobody can go on without; then the copies of about half of the barriers do.
@@ -378,7 +383,7 @@ inline void copy_box(void* shared, const Matrix& matrix, int column, int row, ui
       const int64_t offset = column * 2 + byte;
       const bool inside = row + r < matrix.rows && offset < matrix.row_bytes;
       char* target = Block::current().shared() + swizzled(to + r * 128 + byte);
-      landing(barrier).bring({target, inside ? matrix.first + (row + r) * matrix.apart + offset : nullptr, 16, inside});
+      landing(barrier).bring({target, inside ? matrix.first + (row + r) * matrix.apart + offset : nullptr, 16, inside}, Block::current().cluster.at_once);
     }
   }
   Block::current().cluster.progress = true;
