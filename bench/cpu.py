@@ -33,6 +33,7 @@ import torch
 
 from emovec import _host
 from emovec.ops import Operands, Row, Table, apply_
+from emovec.plan import Work
 
 CONCEPTS, PADDED, ROWS = 171, 176, 16
 WIDTHS = (576, 4096)
@@ -156,7 +157,8 @@ def case(name: str, width: int, tokens: int, peak: Mapping[str, Call]) -> list[d
     times = in_turns({(work, of): call for work, calls in {"peak": peak, **works}.items() for of, call in calls.items()})
     rates = {i: OPERATIONS[i] * 48 * PEAK_ROUNDS / statistics.median(times["peak", i]) for i in peak}
     medians = {form: statistics.median(times["read", form]) for form in forms}
-    shares = {form: 2 * tokens * width * PADDED / medians[form] / rates[i] for form in forms if (i := instruction(form, name)) in rates}
+    operations = Work(tokens, width, PADDED).operations
+    shares = {form: operations / medians[form] / rates[i] for form in forms if (i := instruction(form, name)) in rates}
     more = {
         "read": {
             "peak_gflops": {i: round(rate / 1e9, 1) for i, rate in rates.items()},

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from emovec import ops
+from emovec.plan import Work
 
 CONCEPTS = 171
 ROWS = 16
@@ -207,12 +208,8 @@ def ceilings() -> dict[str, float]:
 
 def floor(tokens: int, width: int, work: str, limits: dict[str, float]) -> float:
     """Microseconds below which no version can be: bytes that must move, operations that must be done."""
-    passes = {"read": 1, "add": 2, "rules": 2}[work]
-    size = passes * tokens * width * 2 + CONCEPTS * width * 2 + tokens * (CONCEPTS + 1) * 4
-    if work != "read":
-        size += ROWS * width * 4
-    flop = 2 * tokens * width * CONCEPTS
-    return max(size / limits["copy_bytes_per_s"], flop / limits["product_flop_per_s"]) * 1e6
+    call = Work(tokens, width, CONCEPTS, DTYPE, work, rows=ROWS)
+    return call.floor(limits["copy_bytes_per_s"], limits["product_flop_per_s"]) * 1e6
 
 
 def kernels() -> dict[str, int]:

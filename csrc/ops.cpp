@@ -10,6 +10,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "api.h"
 #include "common/steer.h"
@@ -234,12 +235,54 @@ void apply_cuda(Tensor x, Tensor readers, Tensor directions, Tensor mean, Tensor
   STD_TORCH_CHECK(error != EV_NO_KERNEL, "emovec: this GPU cannot run form ", form, " on this call");
   STD_TORCH_CHECK(error == 0, "emovec: the CUDA kernel was not launched: ", ev_cuda_error_string(error));
 }
+
+// The plan of a call on a GPU that need not be here, as emovec/plan.py asks for it. Its tensors are aligned and without gaps.
+// `rules`: of the table's rows, -1 without a table. `device` and what is returned: the fields of ev_cuda_device and ev_cuda_plan.
+constexpr char kPlanSchema[] = "plan_cuda(int n, int d, int k, int dtype, bool residual, int rules, bool outputs, int[] device) -> int[]";
+constexpr char kDescribeSchema[] = "describe_cuda() -> int[]";
+
+std::vector<int64_t> plan_cuda(int64_t n, int64_t d, int64_t k, int64_t dtype, bool residual, int64_t rules, bool outputs, std::vector<int64_t> device) {
+  STD_TORCH_CHECK(device.size() == 8, "emovec: a device is described by 8 numbers, got ", device.size());
+  const auto of = [&](int i) { return static_cast<int32_t>(device[i]); };
+  const ev_cuda_device on{of(0), of(1), of(2), of(3), {of(4), of(5), of(6), of(7)}};
+  alignas(256) static float present[1];
+  ev_args a{};
+  a.n = n, a.d = a.x_stride = a.residual_stride = d, a.k = a.scores_stride = k;
+  a.k_padded = (k + EV_LANES - 1) / EV_LANES * EV_LANES;
+  a.dtype = a.reader_dtype = static_cast<ev_dtype>(dtype);
+  a.x = present;
+  a.readers = a.directions = present;
+  if (residual) a.residual = present;
+  if (outputs) a.scores = a.sqnorm = present;
+  if (rules >= 0) a.table.delta = present, a.table.rules = rules;
+  const ev_cuda_plan plan = ev_plan_cuda(&a, EV_AUTO, &on);
+  return {plan.kernel, plan.tile, plan.blocks, plan.launches, plan.workspace, plan.passes, plan.again};
+}
+
+std::vector<int64_t> describe_cuda() {
+  ev_cuda_device device{};
+  const int error = ev_cuda_describe(&device);
+  STD_TORCH_CHECK(error == 0, "emovec: the GPU does not describe itself: ", ev_cuda_error_string(error));
+  std::vector<int64_t> all{device.multiprocessors, device.shared_bytes, device.capability, device.cluster};
+  all.insert(all.end(), std::begin(device.stream_clusters), std::end(device.stream_clusters));
+  return all;
+}
 #endif
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(emovec, m) { m.def(kSchema); }
+STABLE_TORCH_LIBRARY(emovec, m) {
+  m.def(kSchema);
+#if defined(EMOVEC_CUDA)
+  m.def(kPlanSchema);
+  m.def(kDescribeSchema);
+#endif
+}
 STABLE_TORCH_LIBRARY_IMPL(emovec, CPU, m) { m.impl("apply_", TORCH_BOX(&apply_cpu)); }
 #if defined(EMOVEC_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(emovec, CUDA, m) { m.impl("apply_", TORCH_BOX(&apply_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(emovec, CompositeExplicitAutograd, m) {
+  m.impl("plan_cuda", TORCH_BOX(&plan_cuda));
+  m.impl("describe_cuda", TORCH_BOX(&describe_cuda));
+}
 #endif

@@ -56,6 +56,27 @@ enum ev_kernel : int32_t {
   EV_CUDA_STREAM_SM90_BY_8 = 21,
   EV_CUDA_SLICED = 22,
 };
+enum : int32_t { EV_NO_KERNEL = -1 };
+
+// What the choice of a CUDA kernel depends on besides the call.
+struct ev_cuda_device {
+  int32_t multiprocessors;
+  int32_t shared_bytes;        // a block can have
+  int32_t capability;          // 90 for sm_90
+  int32_t cluster;             // the most blocks a cluster of decode_sm90 can have, 0 where it cannot run
+  int32_t stream_clusters[4];  // clusters of 1, 2, 4 and 8 blocks of stream_sm90 that can run at once; zeros where it cannot run
+};
+
+// How a GPU does a call. All but the kernel is 0 where there is nothing to do.
+struct ev_cuda_plan {
+  int32_t kernel;     // EV_NO_KERNEL: the one asked for, or any at all, cannot run the call on this device
+  int64_t tile;       // tokens that a block, or blocks that share their columns, take at a time
+  int64_t blocks;     // of the first launch
+  int64_t launches;
+  int64_t workspace;  // floats
+  int64_t passes;     // times that x and residual are read to project
+  int64_t again;      // times that x alone is read after that, to steer, taking it that rows with rules in the table have some
+};
 
 extern "C" {
 
@@ -82,12 +103,15 @@ const ev_cpu_form* ev_cpu_form_for(int32_t kernel);
 // The number of the fastest form that this processor can run.
 int32_t ev_cpu_fastest(void);
 
-// How many floats of workspace `kernel` needs for this call on the current device.
-int64_t ev_cuda_workspace(const ev_args* args, int32_t kernel);
+// A pure function, which asks no GPU: of pointers it looks at their alignment and at which are null.
+ev_cuda_plan ev_plan_cuda(const ev_args* args, int32_t kernel, const ev_cuda_device* device);
 
-// Enqueue on `stream` (a cudaStream_t) of the current device. Returns a cudaError_t, which `ev_cuda_error_string` words, or
-// EV_NO_KERNEL where `kernel` cannot run this call on this device.
-enum : int32_t { EV_NO_KERNEL = -1 };
+// The current device. Returns a cudaError_t, which `ev_cuda_error_string` words.
+int ev_cuda_describe(ev_cuda_device* device);
+
+// What follows goes by the plan for the current device: how many floats of workspace it needs; and enqueue on `stream` (a
+// cudaStream_t). Returns a cudaError_t or EV_NO_KERNEL.
+int64_t ev_cuda_workspace(const ev_args* args, int32_t kernel);
 int ev_cuda_apply(const ev_args* args, int32_t kernel, void* stream);
 const char* ev_cuda_error_string(int error);
 

@@ -82,9 +82,10 @@ def test_info_names_the_kernels_and_plans() -> None:
     facts = json.loads(run("info", "--json"))
     assert facts["kernels"]["cpu_scalar"] == "runs"
     assert facts["kernels"][facts["default on a CPU"]] == "runs"
-    plan = json.loads(run("info", "--plan", "64", "4096", "--json"))["plans"]
-    assert [(row["tokens"], row["width"]) for row in plan] == [(64, 4096)]
-    assert plan[0]["operations"] == 2 * 64 * 4096 * 176
+    assert {plan["device"] for plan in facts["plans"]} <= {"cpu", "cuda"}
+    plan = json.loads(run("info", "--plan", "64", "4096", "--device", "cpu", "--json"))["plans"]
+    assert [(row["device"], row["tokens"], row["width"]) for row in plan] == [("cpu", 64, 4096)]
+    assert plan[0]["operations"] == 2 * 64 * 4096 * 171
     assert "N and d" in run("info", "--plan", "0", "4096", code=2)
 
 

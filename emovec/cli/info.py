@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +14,10 @@ import typer
 from rich.table import Table
 
 from emovec.bank import shipped_banks
-from emovec.cli.common import JsonOption, out, print_json
-from emovec.ops import LANES
+from emovec.cli.common import JsonOption, dtype_of, out, print_json
+from emovec.ops import MAX_CONCEPTS
+from emovec.plan import DEVICES, Plan, has_cuda
+from emovec.plan import plan as plan_of
 
 SHAPES = ((1, 576), (8, 576), (512, 576), (1, 4096), (8, 4096), (64, 4096), (512, 4096), (4096, 4096))
 CONCEPTS = 171
@@ -24,47 +27,61 @@ FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf
 
 def info(
     plan: Annotated[tuple[int, int] | None, typer.Option(help="Only how N tokens of width d are done.", metavar="N D")] = None,
-    concepts: Annotated[int, typer.Option(help="K, for the plan.", min=1, max=1024)] = CONCEPTS,
+    concepts: Annotated[int, typer.Option(help="K, for the plan.", min=1, max=MAX_CONCEPTS)] = CONCEPTS,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(help=f"cpu, cuda, {', '.join(DEVICES)}, for the plan; may be given several times. Default: all it knows."),
+    ] = None,
+    mode: Annotated[str, typer.Option(help="read, add or rules, for the plan.")] = "add",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16, for the plan.")] = "bf16",
     json: JsonOption = False,
 ) -> None:
     """Backends, processor features, shipped banks, and the plan for each shape."""
     if plan is not None and min(plan) < 1:
         raise typer.BadParameter(f"N and d must be at least 1, got {plan[0]} {plan[1]}", param_hint="--plan")
-    plans = [plan_of(n, d, concepts) for n, d in ([plan] if plan else SHAPES)]
+    here = ["cpu"] + (["cuda"] if has_cuda() and torch.cuda.is_available() else [])
+    every = here + (list(DEVICES) if plan and has_cuda() and plan[1] % 8 == 0 else [])
+    call: dict[str, Any] = {"concepts": concepts, "dtype": dtype_of(dtype), "mode": mode}
+    try:
+        plans = [plan_of(n, d, **call, device=on) for n, d in ([plan] if plan else SHAPES) for on in device or every]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     facts = {} if plan else {"emovec": metadata.version("emovec"), **_installation()}
     if json:
-        print_json({**facts, "plans": plans})
+        print_json({**facts, "plans": [_entry(made) for made in plans]})
         return
     for key, value in facts.items():
         if isinstance(value, dict):
             value = ", ".join(f"{name} {said}" for name, said in value.items())
         out.print(f"[bold]{key}[/]: {value}", soft_wrap=True)
-    threads = torch.get_num_threads()
-    table = Table(title=f"CPU, bf16, {concepts} concepts, {threads} threads", box=None, pad_edge=False, title_justify="left")
-    for column in ("tokens", "width", "kernel", "spread over threads", "tile", "MB from memory", "Mflop"):
-        table.add_column(column, justify="left" if column in ("kernel", "spread over threads") else "right")
-    for row in plans:
-        cells = (row["tokens"], row["width"], row["kernel"], row["split"], row["tile"])
-        table.add_row(*map(str, cells), f"{row['bytes'] / 1e6:.2f}", f"{row['operations'] / 1e6:,.0f}")
+    said = f"{dtype}, {concepts} concepts, {mode}"
+    if plan:
+        how = ("kernel", "tile", "blocks", "launches")
+        _print(f"{plan[0]} x {plan[1]}, {said}", plans, ("device", *how, "MB at least", "MB moved", "Mflop"))
+        if not has_cuda():
+            out.print("This build has no CUDA kernels: it plans for CPUs only.")
+        return
+    for on in dict.fromkeys(made.device for made in plans):
+        title = f"CPU, {said}, {torch.get_num_threads()} threads" if on == "cpu" else f"{on}, {said}"
+        more = ("spread over threads", "tile") if on == "cpu" else ("tile", "blocks", "launches")
+        _print(title, [made for made in plans if made.device == on], ("tokens", "width", "kernel", *more, "MB at least", "Mflop"))
+
+
+def _entry(plan: Plan) -> dict[str, Any]:
+    return vars(plan) | {"dtype": str(plan.dtype).removeprefix("torch."), "bytes": plan.bytes, "operations": plan.operations}
+
+
+def _print(title: str, plans: Sequence[Plan], columns: Sequence[str]) -> None:
+    table = Table(title=title, box=None, pad_edge=False, title_justify="left")
+    for column in columns:
+        words = column in ("device", "kernel", "spread over threads")
+        table.add_column(column, justify="left" if words else "right", no_wrap=column == "kernel")
+    for plan in plans:
+        cells = {name: str(value) for name, value in vars(plan).items()}
+        cells |= {"spread over threads": plan.split}
+        cells |= {"MB at least": f"{plan.bytes / 1e6:.2f}", "MB moved": f"{plan.moved / 1e6:.2f}", "Mflop": f"{plan.operations / 1e6:,.0f}"}
+        table.add_row(*(cells[column] for column in columns))
     out.print(table)
-
-
-def plan_of(tokens: int, width: int, concepts: int) -> dict[str, Any]:
-    """How a CPU call that reads and adds is done, and what it must move and compute, in bf16."""
-    from emovec import _host
-
-    split, tile = _host.plan(tokens, width, concepts, torch.get_num_threads())
-    padded = -(-concepts // LANES) * LANES
-    moved = 2 * padded * width + 2 * 2 * tokens * width + 4 * tokens * concepts  # readers; x read and written; scores
-    return {
-        "tokens": tokens,
-        "width": width,
-        "kernel": _host.fastest(),
-        "split": split,
-        "tile": tile,
-        "bytes": moved,
-        "operations": 2 * tokens * width * padded,
-    }
 
 
 def _installation() -> dict[str, Any]:

@@ -27,7 +27,7 @@ cudaError_t describe(ev::Device& device) {
   if ((error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index)) != cudaSuccess) return error;
   if ((error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index)) != cudaSuccess) return error;
   device.capability = major * 10 + minor;
-  for (int log = 0; log < 4; ++log) device.stream_clusters[log] = device.capability == 90 ? ev::stream_sm90_clusters(device, 1 << log) : 0;
+  for (int log = 0; log < 4; ++log) device.stream_clusters[log] = device.capability == 90 ? ev::stream_sm90_clusters(device, log) : 0;
   device.cluster = major == 9 || major == 10 ? ev::decode_sm90_cluster(device.shared_bytes) : 0;
   if (index < kDevices) {
     ev::Device* expected = nullptr;
@@ -40,42 +40,56 @@ cudaError_t describe(ev::Device& device) {
 // Up to about here the decode kernel's small tiles are faster than streaming.
 constexpr int64_t kDecodeTokens = 192;
 
-int stream_ranks(int32_t kernel) { return 1 << (kernel - EV_CUDA_STREAM_SM90); }
-
-int32_t fastest(const ev_args& a, const ev::Device& device) {
-  if (a.n <= kDecodeTokens && ev::decode_sm90_runs(a, device)) return EV_CUDA_DECODE_SM90;
-  if (!ev::stream_sm90_runs(a, device, 1)) return ev::slicing_pays(a, device) ? EV_CUDA_SLICED : EV_CUDA_PORTABLE;
+ev_cuda_plan fastest(const ev_args& a, const ev::Device& device) {
+  if (a.n <= kDecodeTokens) {
+    const ev_cuda_plan decode = ev::plan_decode_sm90(a, device);
+    if (decode.kernel != EV_NO_KERNEL) return decode;
+  }
   // As many blocks to a tile as run at once.
   int log = 3;
   while (log > 0 && (a.n + 127) / 128 > device.stream_clusters[log]) --log;
-  return EV_CUDA_STREAM_SM90 + log;
+  const ev_cuda_plan stream = ev::plan_stream_sm90(a, device, log);
+  if (stream.kernel != EV_NO_KERNEL) return stream;
+  return ev::slicing_pays(a, device) ? ev::plan_sliced(a, device) : ev::plan_portable(a, device);
+}
+
+ev_cuda_plan plan_of(const ev_args& a, int32_t kernel, const ev::Device& device) {
+  if (kernel != EV_AUTO && (kernel < EV_CUDA_PORTABLE || kernel > EV_CUDA_SLICED)) return {EV_NO_KERNEL};
+  const bool writes = a.table.delta || a.scores || a.sqnorm;
+  if (a.n == 0 || !writes) return {kernel};
+  switch (kernel) {
+    case EV_AUTO: return fastest(a, device);
+    case EV_CUDA_PORTABLE: return ev::plan_portable(a, device);
+    case EV_CUDA_SLICED: return ev::plan_sliced(a, device);
+    case EV_CUDA_DECODE_SM90: return ev::plan_decode_sm90(a, device);
+    default: return ev::plan_stream_sm90(a, device, kernel - EV_CUDA_STREAM_SM90);
+  }
 }
 
 }  // namespace
 
+extern "C" ev_cuda_plan ev_plan_cuda(const ev_args* args, int32_t kernel, const ev_cuda_device* device) { return plan_of(*args, kernel, *device); }
+
+extern "C" int ev_cuda_describe(ev_cuda_device* device) { return describe(*device); }
+
 extern "C" int64_t ev_cuda_workspace(const ev_args* args, int32_t kernel) {
   ev::Device device{};
-  if (kernel == EV_AUTO && args->n > 0 && describe(device) == cudaSuccess) kernel = fastest(*args, device);
-  return kernel == EV_CUDA_SLICED ? ev::sliced_workspace(*args) : 0;
+  return describe(device) == cudaSuccess ? plan_of(*args, kernel, device).workspace : 0;
 }
 
 extern "C" int ev_cuda_apply(const ev_args* args, int32_t kernel, void* stream) {
-  if (kernel != EV_AUTO && (kernel < EV_CUDA_PORTABLE || kernel > EV_CUDA_SLICED)) return EV_NO_KERNEL;
-  const bool writes = args->table.delta || args->scores || args->sqnorm;
-  if (args->n == 0 || !writes) return cudaSuccess;
   ev::Device device{};
   const cudaError_t error = describe(device);
   if (error != cudaSuccess) return error;
-  if (kernel == EV_AUTO) kernel = fastest(*args, device);
+  const ev_cuda_plan plan = plan_of(*args, kernel, device);
+  if (plan.kernel == EV_NO_KERNEL) return EV_NO_KERNEL;
+  if (plan.launches == 0) return cudaSuccess;
   auto* const on = static_cast<cudaStream_t>(stream);
-  switch (kernel) {
+  switch (plan.kernel) {
     case EV_CUDA_PORTABLE: return ev::apply_portable(*args, device, on);
-    case EV_CUDA_SLICED: return ev::sliced_runs(*args) ? ev::apply_sliced(*args, device, on) : EV_NO_KERNEL;
-    case EV_CUDA_DECODE_SM90: return ev::decode_sm90_runs(*args, device) ? ev::apply_decode_sm90(*args, device, on) : EV_NO_KERNEL;
-    default: {
-      const int ranks = stream_ranks(kernel);
-      return ev::stream_sm90_runs(*args, device, ranks) ? ev::apply_stream_sm90(*args, device, ranks, on) : EV_NO_KERNEL;
-    }
+    case EV_CUDA_SLICED: return ev::apply_sliced(*args, device, on);
+    case EV_CUDA_DECODE_SM90: return ev::apply_decode_sm90(*args, device, on);
+    default: return ev::apply_stream_sm90(*args, device, plan.kernel - EV_CUDA_STREAM_SM90, on);
   }
 }
 

@@ -310,17 +310,20 @@ __global__ void __launch_bounds__(kThreads, 1) decode(const __grid_constant__ ev
   Decode<T>(a, layout, shared).run();
 }
 
+int64_t clusters_of(const ev_args& a) { return (a.n + kTokens - 1) / kTokens; }
+
 template <class T>
 cudaError_t apply(const ev_args& a, const DecodeLayout& layout, cudaStream_t stream) {
-  const int64_t clusters = (a.n + kTokens - 1) / kTokens;
   const int threads = (static_cast<int>(a.k_padded) / kReaderRows + kTokenWarps) * 32;
-  return launch(decode<T>, dim3(static_cast<unsigned>(clusters * layout.ranks)), threads, layout.bytes, stream, layout.ranks, a, layout);
+  return launch(decode<T>, dim3(static_cast<unsigned>(clusters_of(a) * layout.ranks)), threads, layout.bytes, stream, layout.ranks, a, layout);
 }
 
 }  // namespace
 
-bool decode_sm90_runs(const ev_args& a, const Device& device) {
-  return layout_for(a, device).ranks > 0;
+ev_cuda_plan plan_decode_sm90(const ev_args& a, const Device& device) {
+  const DecodeLayout layout = layout_for(a, device);
+  if (layout.ranks == 0) return {EV_NO_KERNEL};
+  return {EV_CUDA_DECODE_SM90, kTokens, clusters_of(a) * layout.ranks, 1, 0, 1, a.table.delta ? 1 : 0};
 }
 
 cudaError_t apply_decode_sm90(const ev_args& a, const Device& device, cudaStream_t stream) {

@@ -308,7 +308,7 @@ Layout layout_for(const ev_args& a, int limit, bool sliced) {
 struct Choice {
   cudaError_t (*launch)(const ev_args&, const Layout&, cudaStream_t) = nullptr;
   Layout layout{};
-  int64_t cost = 0;
+  int64_t cost = 0, tokens = 0, concepts = 0, blocks = 0;  // tokens of a block, concepts of a pass
 };
 
 template <class T, int MW, int MT>
@@ -330,7 +330,7 @@ void consider(Choice& best, const ev_args& a, const Device& device) {
   const int64_t blocks = tiles_of<T, MW, MT>(a) * (SLICED ? slices_of(a) : 1);
   const int64_t stages = SLICED ? static_cast<int64_t>(kSliceStages) : (a.d + S::kColumns - 1) / S::kColumns;
   const int64_t cost = (blocks + device.multiprocessors - 1) / device.multiprocessors * (S::kTokens + S::kConcepts) * stages;
-  if (!best.launch || cost < best.cost) best = {launch_tile<T, MW, MT, SLICED>, layout, cost};
+  if (!best.launch || cost < best.cost) best = {launch_tile<T, MW, MT, SLICED>, layout, cost, S::kTokens, S::kConcepts, blocks};
 }
 
 template <class T, bool SLICED>
@@ -351,9 +351,17 @@ Choice choose(const ev_args& a, const Device& device) {
   switch (a.dtype) {
     case EV_F32: return choose<float, SLICED>(a, device);
     case EV_BF16: return choose<__nv_bfloat16, SLICED>(a, device);
-    case EV_F16: return choose<__half, SLICED>(a, device);
+    default: return choose<__half, SLICED>(a, device);
   }
-  return {};
+}
+
+template <bool SLICED>
+ev_cuda_plan plan(const ev_args& a, const Choice& choice) {
+  if (!choice.launch || (SLICED && slices_of(a) == 1)) return {EV_NO_KERNEL};
+  const bool rules = a.table.delta && a.table.rules > 0;
+  const int64_t passes = a.scores || rules ? (a.k + choice.concepts - 1) / choice.concepts : a.sqnorm ? 1 : 0;
+  const int64_t again = rules || (a.table.delta && passes == 0) ? 1 : 0, workspace = SLICED ? slices_of(a) * a.n * pitch_of(a) : 0;
+  return {SLICED ? EV_CUDA_SLICED : EV_CUDA_PORTABLE, choice.tokens, choice.blocks, SLICED ? 2 : 1, workspace, passes, again};
 }
 
 template <class T>
@@ -364,23 +372,22 @@ cudaError_t launch_finish(const ev_args& a, cudaStream_t stream) {
 
 }  // namespace
 
+ev_cuda_plan plan_portable(const ev_args& a, const Device& device) { return plan<false>(a, choose<false>(a, device)); }
+ev_cuda_plan plan_sliced(const ev_args& a, const Device& device) { return plan<true>(a, choose<true>(a, device)); }
+
 cudaError_t apply_portable(const ev_args& a, const Device& device, cudaStream_t stream) {
   const Choice choice = choose<false>(a, device);
-  return choice.launch ? choice.launch(a, choice.layout, stream) : cudaErrorInvalidConfiguration;
+  return choice.launch(a, choice.layout, stream);
 }
 
-bool sliced_runs(const ev_args& a) { return slices_of(a) > 1; }
-int64_t sliced_workspace(const ev_args& a) { return slices_of(a) * a.n * pitch_of(a); }
-
-// The second kernel takes about as long as a few stages.
+// The second kernel takes about as long as eight stages of 200 rows.
 bool slicing_pays(const ev_args& a, const Device& device) {
-  constexpr int64_t second = 8 * 200;
-  return sliced_runs(a) && (a.scores || a.sqnorm || a.table.rules > 0) && choose<true>(a, device).cost + second < choose<false>(a, device).cost;
+  const bool projects = a.scores || a.sqnorm || a.table.rules > 0;
+  return projects && plan_sliced(a, device).launches > 0 && choose<true>(a, device).cost + 8 * 200 < choose<false>(a, device).cost;
 }
 
 cudaError_t apply_sliced(const ev_args& a, const Device& device, cudaStream_t stream) {
   const Choice choice = choose<true>(a, device);
-  if (!choice.launch) return cudaErrorInvalidConfiguration;
   const cudaError_t error = choice.launch(a, choice.layout, stream);
   if (error != cudaSuccess) return error;
   switch (a.dtype) {

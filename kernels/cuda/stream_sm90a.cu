@@ -259,11 +259,11 @@ class Stream : StreamBlock {
     constexpr int threads = kThreads - kGroup;
     const int thread = static_cast<int>(threadIdx.x) - kGroup, begin = own_begin();
     meet();
-    const bool waits = tokens().any_waits;
     if (cut.ranks > 1) {
       add_up(thread, threads);
       __syncthreads();
     }
+    const bool waits = tokens().any_waits;
     if (thread < own()) {
       const int t = begin + thread;
       if (a.sqnorm && t < count()) a.sqnorm[first() + t] = sum_of_slices(squares() + t);
@@ -362,31 +362,35 @@ bool can_bring(const ev_args& a, const void* first, int64_t stride) {
   return is_aligned(first, apart * 2) && apart >= a.d && apart * 2 < int64_t{1} << 40;
 }
 
-StreamCut cut_for(const ev_args& a, const Device& device, int ranks) { return stream_cut(a, ranks, device.shared_bytes); }
-
 }  // namespace
 
-bool stream_sm90_runs(const ev_args& a, const Device& device, int ranks) {
-  return device.capability == 90 && a.dtype != EV_F32 && a.reader_dtype == a.dtype && a.k_padded <= kProductConcepts && a.d >= kColumns &&
-         a.d < 1 << 30 && a.n < 1 << 30 && cut_for(a, device, ranks).token_stages > 0 && can_bring(a, a.x, a.x_stride) &&
-         (!a.residual || can_bring(a, a.residual, a.residual_stride)) && is_aligned(a.readers) && is_aligned(a.directions) &&
-         is_aligned(a.table.delta) && can_encode_matrices();
+ev_cuda_plan plan_stream_sm90(const ev_args& a, const Device& device, int log_ranks) {
+  const StreamCut cut = stream_cut(a, 1 << log_ranks, device.shared_bytes);
+  const bool runs = device.stream_clusters[log_ranks] > 0 && a.dtype != EV_F32 && a.reader_dtype == a.dtype && a.k_padded <= kProductConcepts &&
+                    a.d >= kColumns && a.d < 1 << 30 && a.n < 1 << 30 && cut.token_stages > 0 && can_bring(a, a.x, a.x_stride) &&
+                    (!a.residual || can_bring(a, a.residual, a.residual_stride)) && is_aligned(a.readers) && is_aligned(a.directions) &&
+                    is_aligned(a.table.delta);
+  if (!runs) return {EV_NO_KERNEL};
+  const bool rules = a.table.delta && a.table.rules > 0, projects = a.scores || a.sqnorm || rules;
+  return {EV_CUDA_STREAM_SM90 + log_ranks, kTokens, cut.blocks, 1, 0, projects, rules || !projects};
 }
 
-cudaError_t apply_stream_sm90(const ev_args& a, const Device& device, int ranks, cudaStream_t stream) {
-  const StreamCut cut = cut_for(a, device, ranks);
+cudaError_t apply_stream_sm90(const ev_args& a, const Device& device, int log_ranks, cudaStream_t stream) {
+  const StreamCut cut = stream_cut(a, 1 << log_ranks, device.shared_bytes);
   return a.dtype == EV_BF16 ? apply<__nv_bfloat16>(a, cut, stream) : apply<__half>(a, cut, stream);
 }
 
 #if !defined(EV_EMULATE)
-int stream_sm90_clusters(const Device& device, int ranks) {
+int stream_sm90_clusters(const Device& device, int log_ranks) {
+  if (!can_encode_matrices()) return 0;
   ev_args a{};
   a.n = a.d = 1;
   cudaLaunchConfig_t config;
   cudaLaunchAttribute attribute;
   int clusters = 0;
   auto* kernel = stream<__nv_bfloat16>;
-  const cudaError_t error = prepare(config, attribute, kernel, dim3(ranks), kThreads, cut_for(a, device, ranks).bytes, nullptr, ranks);
+  const StreamCut cut = stream_cut(a, 1 << log_ranks, device.shared_bytes);
+  const cudaError_t error = prepare(config, attribute, kernel, dim3(cut.ranks), kThreads, cut.bytes, nullptr, cut.ranks);
   if (error == cudaSuccess && cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) return clusters;
   cudaGetLastError();  // what failed here is no error of the caller's
   return 0;
