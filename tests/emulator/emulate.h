@@ -1,8 +1,8 @@
 // A GPU's blocks on a CPU, so that the CUDA kernels' logic is tested where there is no GPU: every thread is a fiber, a warp's
-// collective operation happens when its last lane arrives, and asynchronous copies land as late as the program allows, or bulk ones in
-// every other cluster as early.
-// Warps run in another order in every cluster, so that a missing barrier often shows; compute-sanitizer looks for the rest. One
-// cluster of blocks at a time.
+// collective operation happens when its last lane arrives, and asynchronous copies land as late as the program allows. In every other
+// cluster it is the other way round: bulk copies land at once, and some warps run only when nobody else can, so that what is filled
+// again too early shows. Warps run in another order in every cluster, so that a missing barrier often shows; compute-sanitizer
+// looks for the rest. One cluster of blocks at a time.
 #pragma once
 #include <cuda_runtime_api.h>
 #include <ucontext.h>
@@ -65,8 +65,8 @@ struct Copy {
 struct Landing {
   int arrivals = 1, arrived = 0, phase = 0, announced = 0, bytes = 0;
   std::vector<Copy> copies;
-  void bring(const Copy& copy, bool at_once) {
-    if (at_once) copy.land();
+  void bring(const Copy& copy, bool eager) {
+    if (eager) copy.land();
     else copies.push_back(copy);
     bytes += copy.bytes;
   }
@@ -125,7 +125,7 @@ class Cluster {
     enum : size_t { kStack = 64 << 10 };
     running() = this;
     static unsigned runs = 0;
-    at_once = runs++ % 2;
+    eager = runs++ % 2;
     body_ = std::move(body);
     const int threads = static_cast<int>(fibers_.size());
     std::vector<std::unique_ptr<char[]>> stacks(threads);
@@ -144,10 +144,13 @@ class Cluster {
     }
     for (bool alive = true; alive;) {
       alive = progress = false;
-      for (int warp : order) {
+      for (int i = 0; i < threads / 32; ++i) {
+        const int warp = order[i];
+        const bool late = eager && !stalled && i % 4 == 0;
         for (int t = warp * 32; t < warp * 32 + 32; ++t) {
           if (done_[t]) continue;
           alive = true;
+          if (late) continue;
           fiber_ = t;
           emulated_thread.x = t % threads_;
           emulated_block.x = first + t / threads_;
@@ -169,7 +172,7 @@ class Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   Meeting meeting;
   bool progress = false, stalled = false;  // stalled: nobody went on in the last round
-  bool at_once = false;  // bulk copies land when they are issued, in every other cluster: what is filled too early shows
+  bool eager = false;
   unsigned stalls = 0;
   bool chosen(const uint64_t* barrier) const { return (reinterpret_cast<uintptr_t>(barrier) / 8 * 2654435761u + stalls * 40503u) >> 7 & 1; }
 
@@ -301,16 +304,16 @@ inline void announce(uint64_t* barrier, int bytes) {
 }
 inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16 || bytes <= 0) std::abort();
-  landing(barrier).bring({shared, global, bytes, true}, Block::current().cluster.at_once);
+  landing(barrier).bring({shared, global, bytes, true}, Block::current().cluster.eager);
   Block::current().cluster.progress = true;
 }
-// Nothing lands before nobody can go on without; then the copies of about half of the barriers do.
+// If the cluster is not eager, nothing lands before nobody can go on without; then the copies of about half of the barriers do.
 inline void wait(uint64_t* barrier, int phase) {
   Cluster& cluster = Block::current().cluster;
   for (Landing& state = landing(barrier); state.phase == phase;) {
-    const bool complete = cluster.stalled && state.announced && state.bytes == state.announced;
+    const bool complete = (cluster.eager || cluster.stalled) && state.announced && state.bytes == state.announced;
     if (complete) cluster.progress = true;
-    if (complete && cluster.chosen(barrier)) {
+    if (complete && (cluster.eager || cluster.chosen(barrier))) {
       for (const Copy& copy : state.copies) copy.land();
       state = Landing{state.arrivals, 0, 1 - phase, 0, 0, {}};
     } else {
@@ -383,7 +386,7 @@ inline void copy_box(void* shared, const Matrix& matrix, int column, int row, ui
       const int64_t offset = column * 2 + byte;
       const bool inside = row + r < matrix.rows && offset < matrix.row_bytes;
       char* target = Block::current().shared() + swizzled(to + r * 128 + byte);
-      landing(barrier).bring({target, inside ? matrix.first + (row + r) * matrix.apart + offset : nullptr, 16, inside}, Block::current().cluster.at_once);
+      landing(barrier).bring({target, inside ? matrix.first + (row + r) * matrix.apart + offset : nullptr, 16, inside}, Block::current().cluster.eager);
     }
   }
   Block::current().cluster.progress = true;
