@@ -56,18 +56,20 @@ ev_dtype dtype_of(const Tensor& x) {
   return EV_F32;
 }
 
-// One tensor argument: its device, dtype and shape, each named in the error.
+std::string text_of(std::initializer_list<int64_t> shape) {
+  std::string text;
+  for (int64_t size : shape) text += (text.empty() ? "[" : ", ") + std::to_string(size);
+  return text + "]";
+}
+
+// One tensor argument: its device, dtype and shape, each named in the error. Messages are made only where they are needed.
 void check(const char* name, const Tensor& tensor, const Tensor& x, ScalarType dtype, std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(tensor.device() == x.device(), "emovec: ", name, " is on another device than x");
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, "emovec: ", name, " must be ", name_of(dtype), ", got ", name_of(tensor.scalar_type()));
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  std::string wanted = "[";
   int64_t i = 0;
-  for (int64_t size : shape) {
-    same = same && tensor.size(i) == size;
-    wanted += (i++ ? ", " : "") + std::to_string(size);
-  }
-  STD_TORCH_CHECK(same, "emovec: ", name, " must be ", wanted, "], got ", shape_of(tensor));
+  for (int64_t size : shape) same = same && tensor.size(i++) == size;
+  STD_TORCH_CHECK(same, "emovec: ", name, " must be ", text_of(shape), ", got ", shape_of(tensor));
 }
 
 void check_rows(const char* name, const Tensor& tensor) {
@@ -226,13 +228,17 @@ void apply_cuda(Tensor x, Tensor readers, Tensor directions, Tensor mean, Tensor
   torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   STD_TORCH_CHECK(current_stream()(device, &stream) == 0, "emovec: torch does not tell the current stream of GPU ", device);
+  ev_cuda_device gpu{};
+  int error = ev_cuda_describe(&gpu);
+  STD_TORCH_CHECK(error == 0, "emovec: the GPU does not describe itself: ", ev_cuda_error_string(error));
+  const ev_cuda_plan plan = ev_plan_cuda(&a, static_cast<int32_t>(form), &gpu);
+  STD_TORCH_CHECK(plan.kernel != EV_NO_KERNEL, "emovec: this GPU cannot run form ", form, " on this call");
   std::optional<Tensor> workspace;  // torch's own, so that a captured call has one of its graph's
-  if (const int64_t floats = ev_cuda_workspace(&a, static_cast<int32_t>(form)); floats > 0) {
-    workspace = torch::stable::new_empty(x, {floats}, ScalarType::Float);
+  if (plan.workspace > 0) {
+    workspace = torch::stable::new_empty(x, {plan.workspace}, ScalarType::Float);
     a.workspace = data<float>(*workspace);
   }
-  const int error = ev_cuda_apply(&a, static_cast<int32_t>(form), stream);
-  STD_TORCH_CHECK(error != EV_NO_KERNEL, "emovec: this GPU cannot run form ", form, " on this call");
+  error = ev_cuda_apply(&a, &gpu, &plan, stream);
   STD_TORCH_CHECK(error == 0, "emovec: the CUDA kernel was not launched: ", ev_cuda_error_string(error));
 }
 

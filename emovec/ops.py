@@ -283,9 +283,10 @@ def apply_(
     """
     operands = layer.operands(x.device, x.dtype)
     steering = (None,) * 6 if table is None else table.tensors()
-    torch.ops.emovec.apply_(
-        x, operands.readers, operands.directions, operands.mean, operands.inv_std, residual, row, *steering, scores, sqnorm, form
-    )
+    _apply(x, operands.readers, operands.directions, operands.mean, operands.inv_std, residual, row, *steering, scores, sqnorm, form)
+
+
+_apply = torch.ops.emovec.apply_.default  # found once
 
 
 @torch.library.register_fake("emovec::apply_")  # type: ignore[untyped-decorator]

@@ -14,10 +14,10 @@ from emovec.ops import DTYPES, LANES, MAX_CONCEPTS, MAX_RULES
 
 MODES = ("read", "add", "rules")
 # `ev_cuda_device` of kernels/api.h. How many clusters of 2, 4 and 8 blocks run at once differs a little between cards of a kind,
-# with the multiprocessors that were left out; "cuda" asks the card. H100 and H200 are the SXM cards.
+# with the multiprocessors that were left out; "cuda" asks the card. H100 and H200 are the SXM cards, and have no more than an H200 had.
 DEVICES = {
-    "h100": (132, 232448, 90, 16, 132, 66, 32, 16),
-    "h200": (132, 232448, 90, 16, 132, 66, 32, 16),
+    "h100": (132, 232448, 90, 16, 132, 66, 31, 15),
+    "h200": (132, 232448, 90, 16, 132, 66, 31, 15),
     "a100": (108, 166912, 80, 0, 0, 0, 0, 0),
     "b200": (148, 232448, 100, 16, 0, 0, 0, 0),
 }

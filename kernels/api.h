@@ -37,7 +37,7 @@ struct ev_args {
   float* scores;  // [N, K], rows scores_stride elements apart, or null
   int64_t scores_stride;
   float* sqnorm;  // [N] or null
-  float* workspace;  // as many floats as `ev_cuda_workspace` says; not initialised
+  float* workspace;  // as many floats as the plan says; not initialised
 };
 
 // The kernels by number, as `apply_(form=)` takes them; 0 takes the fastest.
@@ -109,10 +109,9 @@ ev_cuda_plan ev_plan_cuda(const ev_args* args, int32_t kernel, const ev_cuda_dev
 // The current device. Returns a cudaError_t, which `ev_cuda_error_string` words.
 int ev_cuda_describe(ev_cuda_device* device);
 
-// What follows goes by the plan for the current device: how many floats of workspace it needs; and enqueue on `stream` (a
-// cudaStream_t). Returns a cudaError_t or EV_NO_KERNEL.
-int64_t ev_cuda_workspace(const ev_args* args, int32_t kernel);
-int ev_cuda_apply(const ev_args* args, int32_t kernel, void* stream);
+// Enqueue a planned call on `stream` (a cudaStream_t) of the current device, which is the one that was planned for. Returns a
+// cudaError_t.
+int ev_cuda_apply(const ev_args* args, const ev_cuda_device* device, const ev_cuda_plan* plan, void* stream);
 const char* ev_cuda_error_string(int error);
 
 }  // extern "C"

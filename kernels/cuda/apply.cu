@@ -72,24 +72,14 @@ extern "C" ev_cuda_plan ev_plan_cuda(const ev_args* args, int32_t kernel, const 
 
 extern "C" int ev_cuda_describe(ev_cuda_device* device) { return describe(*device); }
 
-extern "C" int64_t ev_cuda_workspace(const ev_args* args, int32_t kernel) {
-  ev::Device device{};
-  return describe(device) == cudaSuccess ? plan_of(*args, kernel, device).workspace : 0;
-}
-
-extern "C" int ev_cuda_apply(const ev_args* args, int32_t kernel, void* stream) {
-  ev::Device device{};
-  const cudaError_t error = describe(device);
-  if (error != cudaSuccess) return error;
-  const ev_cuda_plan plan = plan_of(*args, kernel, device);
-  if (plan.kernel == EV_NO_KERNEL) return EV_NO_KERNEL;
-  if (plan.launches == 0) return cudaSuccess;
+extern "C" int ev_cuda_apply(const ev_args* args, const ev_cuda_device* device, const ev_cuda_plan* plan, void* stream) {
+  if (plan->launches == 0) return cudaSuccess;
   auto* const on = static_cast<cudaStream_t>(stream);
-  switch (plan.kernel) {
-    case EV_CUDA_PORTABLE: return ev::apply_portable(*args, device, on);
-    case EV_CUDA_SLICED: return ev::apply_sliced(*args, device, on);
-    case EV_CUDA_DECODE_SM90: return ev::apply_decode_sm90(*args, device, on);
-    default: return ev::apply_stream_sm90(*args, device, plan.kernel - EV_CUDA_STREAM_SM90, on);
+  switch (plan->kernel) {
+    case EV_CUDA_PORTABLE: return ev::apply_portable(*args, *device, on);
+    case EV_CUDA_SLICED: return ev::apply_sliced(*args, *device, on);
+    case EV_CUDA_DECODE_SM90: return ev::apply_decode_sm90(*args, *device, on);
+    default: return ev::apply_stream_sm90(*args, *device, plan->kernel - EV_CUDA_STREAM_SM90, on);
   }
 }
 

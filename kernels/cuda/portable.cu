@@ -374,16 +374,16 @@ cudaError_t launch_finish(const ev_args& a, cudaStream_t stream) {
 
 ev_cuda_plan plan_portable(const ev_args& a, const Device& device) { return plan<false>(a, choose<false>(a, device)); }
 ev_cuda_plan plan_sliced(const ev_args& a, const Device& device) { return plan<true>(a, choose<true>(a, device)); }
-
 cudaError_t apply_portable(const ev_args& a, const Device& device, cudaStream_t stream) {
   const Choice choice = choose<false>(a, device);
   return choice.launch(a, choice.layout, stream);
 }
 
-// The second kernel takes about as long as eight stages of 200 rows.
+// Beside its blocks, what the second kernel and the workspace's way out and back took on an H200.
 bool slicing_pays(const ev_args& a, const Device& device) {
-  const bool projects = a.scores || a.sqnorm || a.table.rules > 0;
-  return projects && plan_sliced(a, device).launches > 0 && choose<true>(a, device).cost + 8 * 200 < choose<false>(a, device).cost;
+  const ev_cuda_plan sliced = plan_sliced(a, device);
+  if (sliced.launches == 0 || !(a.scores || a.sqnorm || a.table.rules > 0)) return false;
+  return choose<true>(a, device).cost + 600 + sliced.workspace / (6 * device.multiprocessors) < choose<false>(a, device).cost;
 }
 
 cudaError_t apply_sliced(const ev_args& a, const Device& device, cudaStream_t stream) {

@@ -382,7 +382,7 @@ cudaError_t apply_stream_sm90(const ev_args& a, const Device& device, int log_ra
 
 #if !defined(EV_EMULATE)
 int stream_sm90_clusters(const Device& device, int log_ranks) {
-  if (!can_encode_matrices()) return 0;
+  if (log_ranks == 0 || !can_encode_matrices()) return can_encode_matrices() ? device.multiprocessors : 0;
   ev_args a{};
   a.n = a.d = 1;
   cudaLaunchConfig_t config;
