@@ -317,7 +317,7 @@ def small() -> None:
     streams = [number for name, number in kernels().items() if "stream" in name] if torch.cuda.get_device_capability() == (9, 0) else []
     for form in streams:
         for dtype, residual, rules in ((torch.bfloat16, True, 3), (torch.float16, False, 3), (torch.bfloat16, False, 0)):
-            case = make(150, 1160, 171, dtype, seed=1, residual=residual, rules=rules, gates=rules > 0, device="cuda")
+            case = make(150, 4680, 171, dtype, seed=1, residual=residual, rules=rules, gates=rules > 0, device="cuda")
             case.run(form=form)
             case.check()
     for tokens, width, concepts in [(40, 256, 1024), (20, 4096, 171), (3, 16384, 171), (5, 576, 256)]:

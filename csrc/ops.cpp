@@ -194,13 +194,18 @@ ev_args checked(const Tensor& x, const Tensor& readers, const Tensor& directions
   return a;
 }
 
+int32_t kernel_of(int64_t form) {
+  STD_TORCH_CHECK(form >= EV_AUTO && form <= EV_CUDA_SLICED, "emovec: there is no form ", form);
+  return static_cast<int32_t>(form);
+}
+
 void apply_cpu(Tensor x, Tensor readers, Tensor directions, Tensor mean, Tensor inv_std, Optional residual, Optional row,
                Optional delta, Optional gate, Optional gate_threshold, Optional rule_concept, Optional rule_bounds,
                Optional rule_solve, Optional scores, Optional sqnorm, int64_t form) {
   const ev_args a = checked(x, readers, directions, mean, inv_std, residual, row, delta, gate, gate_threshold, rule_concept,
                             rule_bounds, rule_solve, scores, sqnorm);
   if (a.table.delta) check_indices(a);
-  const ev_cpu_form* chosen = emovec::cpu_form(form);
+  const ev_cpu_form* chosen = emovec::cpu_form(kernel_of(form));
   STD_TORCH_CHECK(chosen, "emovec: this processor cannot run form ", form);
   emovec::run(a, *chosen);
 }
@@ -231,7 +236,7 @@ void apply_cuda(Tensor x, Tensor readers, Tensor directions, Tensor mean, Tensor
   ev_cuda_device gpu{};
   int error = ev_cuda_describe(&gpu);
   STD_TORCH_CHECK(error == 0, "emovec: the GPU does not describe itself: ", ev_cuda_error_string(error));
-  const ev_cuda_plan plan = ev_plan_cuda(&a, static_cast<int32_t>(form), &gpu);
+  const ev_cuda_plan plan = ev_plan_cuda(&a, kernel_of(form), &gpu);
   STD_TORCH_CHECK(plan.kernel != EV_NO_KERNEL, "emovec: this GPU cannot run form ", form, " on this call");
   std::optional<Tensor> workspace;  // torch's own, so that a captured call has one of its graph's
   if (plan.workspace > 0) {

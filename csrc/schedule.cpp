@@ -10,20 +10,14 @@ namespace emovec {
 
 namespace {
 
-// What row j adds to a token, if that is all it does: without a gate or rules. Else null, as for no row (-1).
-const float* only_adds(const ev_args& a, int32_t j) {
-  const ev_table& t = a.table;
-  if (!t.delta || j < 0 || ev_is_concept(a, t.gate[2 * j])) return nullptr;
-  for (int64_t m = 0; m < t.rules; ++m)
-    if (ev_is_concept(a, t.rule_concept[j * t.rules + m])) return nullptr;
-  return t.delta + j * a.d;
-}
+// What row j adds to a token, if that is all it does. Else null, as for no row (-1).
+const float* only_adds(const ev_args& a, int32_t j) { return j < 0 || ev_waits(a, j) ? nullptr : a.table.delta + j * a.d; }
 
 // Adding alone needs no projection: only scores, gates and rules do.
 bool needs_projections(const ev_args& a) {
   if (a.scores) return true;
   for (int32_t j = 0; a.table.delta && j < a.table.rows; ++j)
-    if (!only_adds(a, j)) return true;
+    if (ev_waits(a, j)) return true;
   return false;
 }
 
@@ -34,8 +28,8 @@ void run_tokens(const ev_args& a, const ev_cpu_form& form, ev_range tokens, ev_r
   const float* adds[EV_CPU_TILE];
   for (int64_t t = tokens.begin; t < tokens.end; t += tile) {
     const ev_range part{t, std::min(t + tile, tokens.end)};
-    for (int64_t i = part.begin; i < part.end; ++i) adds[i - t] = a.table.delta ? only_adds(a, ev_own_row(a, i)) : nullptr;
-    form.project(&a, part, concepts, p, a.k_padded, a.sqnorm ? sq : nullptr, adds);
+    for (int64_t i = part.begin; i < part.end && a.table.delta; ++i) adds[i - t] = only_adds(a, ev_own_row(a, i));
+    form.project(&a, part, concepts, p, a.k_padded, a.sqnorm ? sq : nullptr, a.table.delta ? adds : nullptr);
     form.finish(&a, part, p, a.k_padded, sq, adds);
   }
 }
@@ -54,8 +48,8 @@ void run_concepts(const ev_args& a, const ev_cpu_form& form) {
 
 }  // namespace
 
-const ev_cpu_form* cpu_form(int64_t kernel) {
-  if (kernel != EV_AUTO) return ev_cpu_form_for(static_cast<int32_t>(kernel));
+const ev_cpu_form* cpu_form(int32_t kernel) {
+  if (kernel != EV_AUTO) return ev_cpu_form_for(kernel);
   static const ev_cpu_form* const fastest = ev_cpu_form_for(ev_cpu_fastest());
   return fastest;
 }

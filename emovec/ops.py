@@ -276,7 +276,7 @@ def apply_(
         residual: ``[N, d]`` in x's dtype for engines that keep the stream as a sum; then ``h = x + residual``.
         scores: ``[N, K]`` fp32, filled with ``(<h, reader_k> - mean_k) / std_k`` of the stream before steering.
         sqnorm: ``[N]`` fp32, filled with ``<h, h>`` before steering.
-        form: force one form of the kernel (see ``emovec info``); 0 takes the fastest.
+        form: force one form of the kernel (see ``emovec info``); 0 takes what :mod:`emovec.plan` says.
 
     Raises:
         ValueError or RuntimeError, naming the argument and its value; nothing has been changed then.

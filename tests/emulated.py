@@ -58,10 +58,10 @@ def cuda_headers() -> Path | None:
 
 @cache
 def build() -> Callable[..., int]:
-    """``run(case, multiprocessors=132, shared=SHARED, cluster=0, stream=0, sliced=False)``: the portable kernel, whole or on slices;
-    with ``cluster`` > 0 the decode kernel on a GPU that has clusters of that many blocks; with ``stream`` > 0 the stream kernel with
-    so many blocks to a tile.
-    Returns 0, or NO_KERNEL where the kernel cannot run the call."""
+    """``run(case, multiprocessors=132, shared=SHARED, cluster=0, stream=0, sliced=False, eager=False)``: the portable kernel, whole or on
+    slices; with ``cluster`` > 0 the decode kernel on a GPU that has clusters of that many blocks; with ``stream`` > 0 the stream kernel
+    with so many blocks to a tile. ``eager``: bulk copies land at once and some warps lag, instead of the other way round. Returns 0, or
+    NO_KERNEL where the kernel cannot run the call."""
     headers, compiler = cuda_headers(), shutil.which("c++")
     if headers is None or compiler is None:
         pytest.skip("no CUDA headers or no C++ compiler")
@@ -76,7 +76,15 @@ def build() -> Callable[..., int]:
     function = ctypes.CDLL(str(library)).ev_emulated_apply
     shutil.rmtree(library.parent)  # it stays loaded
 
-    def run(case: Case, multiprocessors: int = 132, shared: int = SHARED, cluster: int = 0, stream: int = 0, sliced: bool = False) -> int:
+    def run(
+        case: Case,
+        multiprocessors: int = 132,
+        shared: int = SHARED,
+        cluster: int = 0,
+        stream: int = 0,
+        sliced: bool = False,
+        eager: bool = False,
+    ) -> int:
         o = case.operands
         concepts, width = o.directions.shape
         readers = torch.zeros(concepts + -concepts % 16, width, dtype=case.x.dtype)  # as they are packed for a GPU
@@ -98,7 +106,7 @@ def build() -> Callable[..., int]:
         if case.sqnorm is not None:
             a.sqnorm = case.sqnorm.data_ptr()
         kernel = STREAM + stream.bit_length() - 1 if stream else DECODE if cluster else SLICED if sliced else PORTABLE
-        result = function(ctypes.byref(a), kernel, multiprocessors, shared, cluster)
+        result = function(ctypes.byref(a), kernel, multiprocessors, shared, cluster, int(eager))
         assert result in (0, NO_KERNEL)
         return int(result)
 

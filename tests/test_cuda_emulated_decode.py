@@ -51,10 +51,11 @@ def test_256_concepts_and_sixteen_rules(emulate: Callable[..., int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_slices_that_do_not_fit(emulate: Callable[..., int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("eager", [False, True])
+def test_slices_that_do_not_fit(emulate: Callable[..., int], dtype: torch.dtype, eager: bool) -> None:
     """Little shared memory: the readers go round a ring of two slots."""
     case = make(3, 2048, 16, dtype, seed=4)
-    assert emulate(case, cluster=4, shared=30 * 1024) == 0
+    assert emulate(case, cluster=4, shared=30 * 1024, eager=eager) == 0
     case.check()
 
 

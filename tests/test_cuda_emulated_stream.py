@@ -37,6 +37,16 @@ def test_blocks_that_share_a_tile(emulate: Callable[..., int], blocks: int, mode
         case.check()
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8])
+@pytest.mark.parametrize("mode", ["add", "gated", "rules"])
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_ring_goes_round(emulate: Callable[..., int], blocks: int, mode: str, eager: bool) -> None:
+    """More steps than stages in every block; with all warps as early as can be, and with some as late."""
+    case = make(70, 600 * blocks + 64, 16, torch.bfloat16, seed=blocks, **MODES[mode])
+    assert emulate(case, stream=blocks, eager=eager) == 0
+    case.check()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_agrees_with_the_reference(emulate: Callable[..., int], dtype: torch.dtype, mode: str) -> None:
@@ -47,7 +57,7 @@ def test_agrees_with_the_reference(emulate: Callable[..., int], dtype: torch.dty
         case.check()
 
 
-def test_three_tiles_of_which_two_share_readers(emulate: Callable[..., int]) -> None:
+def test_three_tiles(emulate: Callable[..., int]) -> None:
     for outputs in (True, False):
         case = make(300, 200, 171, torch.float16, seed=9, residual=True, outputs=outputs)
         assert emulate(case, stream=1) == 0

@@ -163,8 +163,9 @@ def test_gpus_take_widths_of_eight() -> None:
 def test_a_shape_without_a_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DEVICES, "small", (128, 101376, 89, 0, 0, 0, 0, 0))  # 99 KB of shared memory
     assert plan(16384, 4096, device="small").kernel == "cuda_portable"
+    assert plan(16384, 4096, 1024, mode="rules", device="small").kernel == "cuda_sliced"
     with pytest.raises(ValueError, match="'small' has no kernel"):
-        plan(16384, 4096, 1024, mode="rules", device="small")
+        plan(16384, 512, 1024, mode="rules", device="small")  # no more than a slice
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -21,6 +21,13 @@ EV_FN int32_t ev_own_row(const ev_args& a, int64_t token) {
   return ev_is_row(a, j) ? j : -1;
 }
 
+// Whether a token with row j waits for its projections: the row has a gate or a rule. Otherwise it only adds.
+EV_FN bool ev_waits(const ev_args& a, int32_t j) {
+  bool waits = ev_is_concept(a, a.table.gate[2 * j]);
+  for (int64_t m = 0; m < a.table.rules; ++m) waits |= ev_is_concept(a, a.table.rule_concept[j * a.table.rules + m]);
+  return waits;
+}
+
 // The row that steers a token whose projection on concept k is p[k]: its own, the one it falls back to while its gate is
 // closed, or -1 for a token that must not be written. A NaN score leaves the gate closed.
 template <class Projections>

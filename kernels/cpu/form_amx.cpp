@@ -181,7 +181,7 @@ void project_amx(const ev_args* args, ev_range tokens, ev_range concepts, float*
         copy(static_cast<const bf16*>(a.residual) + t * a.residual_stride + column, a.residual_stride, count, columns, residual);
         all_panels(count, panels, residual, v.from(column / 2), columns, p, p_stride, false);
       }
-      if (!sq && !a.table.delta) continue;
+      if (!sq && !adds) continue;
       for (int64_t i = 0; i < count; ++i) {
         const float* delta = adds ? adds[t - tokens.begin + i] : nullptr;
         pass<Avx512>(x + i * EV_AMX_BLOCK, a.residual ? residual + i * EV_AMX_BLOCK : nullptr, columns, nullptr, squares[i],

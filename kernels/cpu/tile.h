@@ -213,7 +213,7 @@ void project(const ev_args* args, ev_range tokens, ev_range concepts, float* p, 
       if (direct) {
         const Pairs x{static_cast<const bf16*>(a.x) + tokens.begin * a.x_stride + column, a.x_stride};
         block_of_tile<Isa, Isa::ROWS>(count, vectors, x, paired.from(column / 2), columns, p, p_stride, first);
-        if (sq || a.table.delta) pass<Isa, bf16>(a, tokens, column, columns, nullptr, squares, adds);
+        if (sq || adds) pass<Isa, bf16>(a, tokens, column, columns, nullptr, squares, adds);
         continue;
       }
     }

@@ -10,7 +10,10 @@ using Barrier = uint64_t;
 
 #if !defined(EV_EMULATE)
 
-__device__ __forceinline__ void start(Barrier* barrier) { asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory"); }
+// A barrier whose phase is over when `arrivals` threads have arrived.
+__device__ __forceinline__ void start(Barrier* barrier, int arrivals = 1) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
 
 // Between this thread's reads, writes and `start`s, and the bulk copies of threads that it meets afterwards.
 __device__ __forceinline__ void before_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -357,7 +357,7 @@ Choice choose(const ev_args& a, const Device& device) {
 
 template <bool SLICED>
 ev_cuda_plan plan(const ev_args& a, const Choice& choice) {
-  if (!choice.launch || (SLICED && slices_of(a) == 1)) return {EV_NO_KERNEL};
+  if (!choice.launch || (SLICED && (slices_of(a) <= 1 || slices_of(a) > 65535))) return {EV_NO_KERNEL};
   const bool rules = a.table.delta && a.table.rules > 0;
   const int64_t passes = a.scores || rules ? (a.k + choice.concepts - 1) / choice.concepts : a.sqnorm ? 1 : 0;
   const int64_t again = rules || (a.table.delta && passes == 0) ? 1 : 0, workspace = SLICED ? slices_of(a) * a.n * pitch_of(a) : 0;
@@ -381,9 +381,10 @@ cudaError_t apply_portable(const ev_args& a, const Device& device, cudaStream_t 
 
 // Beside its blocks, what the second kernel and the workspace's way out and back took on an H200.
 bool slicing_pays(const ev_args& a, const Device& device) {
+  const Choice whole = choose<false>(a, device);
   const ev_cuda_plan sliced = plan_sliced(a, device);
   if (sliced.launches == 0 || !(a.scores || a.sqnorm || a.table.rules > 0)) return false;
-  return choose<true>(a, device).cost + 600 + sliced.workspace / (6 * device.multiprocessors) < choose<false>(a, device).cost;
+  return !whole.launch || choose<true>(a, device).cost + 600 + sliced.workspace / (6 * device.multiprocessors) < whole.cost;
 }
 
 cudaError_t apply_sliced(const ev_args& a, const Device& device, cudaStream_t stream) {

@@ -17,13 +17,8 @@ struct Tokens {
 // Whether token t of the tile only adds, waits or is left alone. True if it waits.
 template <int TOKENS>
 __device__ __forceinline__ bool sort_token(const ev_args& a, int64_t first, int count, int t, Tokens<TOKENS>& tokens) {
-  const ev_table& table = a.table;
-  const int32_t j = table.delta && t < count ? ev_own_row(a, first + t) : -1;
-  bool wait = false;
-  if (j >= 0) {
-    wait = ev_is_concept(a, table.gate[2 * j]);
-    for (int64_t m = 0; m < table.rules; ++m) wait |= ev_is_concept(a, table.rule_concept[j * table.rules + m]);
-  }
+  const int32_t j = a.table.delta && t < count ? ev_own_row(a, first + t) : -1;
+  const bool wait = j >= 0 && ev_waits(a, j);
   tokens.add[t] = wait ? -1 : j;
   tokens.wait[t] = wait;
   return wait;
@@ -108,8 +103,8 @@ __device__ __forceinline__ void steer_columns(const ev_args& a, int64_t token, i
 }
 
 // The block steers those of the `count` tokens of its tile whose `row` is not -1; `coefficients` [count, EV_MAX_RULES], or null: no
-// rules. A span of columns for every token, then the span before it: the rows' deltas and
-// directions stay in L1 meanwhile, and what was read last of x is the likeliest to be in L2 still.
+// rules. A span of columns for every token, then the span before it: the rows' deltas and directions stay in L1 meanwhile, and
+// what was read last of x is the likeliest to be in L2 still.
 template <class T>
 __device__ __forceinline__ void steer_tokens(const ev_args& a, int64_t first, int count, const int32_t* row, const float* coefficients) {
   constexpr int few = 4, span = 32 * Vector<T>::kSize;

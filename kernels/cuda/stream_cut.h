@@ -40,7 +40,7 @@ enum : int { kReaderRing = kTokenRing + (static_cast<int>(sizeof(Fixed)) + 1023)
 
 struct StreamCut {
   int ranks, log_ranks;  // blocks that share a tile, a slice of its columns each: 1, 2, 4 or 8
-  int blocks;
+  int64_t blocks;
   int all_steps, steps;             // of 128 bytes of columns: a row's, and a block's at most
   int token_stages, reader_stages;  // of the rings
   int coefficients, concepts;  // byte offsets
@@ -53,7 +53,7 @@ inline StreamCut stream_cut(const ev_args& a, int ranks, int limit) {
   StreamCut cut{};
   cut.ranks = ranks;
   while (1 << cut.log_ranks < ranks) ++cut.log_ranks;
-  cut.blocks = static_cast<int>((a.n + kTokens - 1) / kTokens) * ranks;
+  cut.blocks = (a.n + kTokens - 1) / kTokens * ranks;
   cut.all_steps = static_cast<int>((a.d + kColumns - 1) / kColumns);
   cut.steps = (cut.all_steps + ranks - 1) / ranks;
   cut.token_stages = kMostTokenStages / (a.residual ? 2 : 1);

@@ -1,4 +1,4 @@
-// The op for many tokens on sm_90a, bf16 and fp16, up to 176 concepts().
+// The op for many tokens on sm_90a, bf16 and fp16, up to 176 concepts.
 //
 // A tile of 128 tokens is streamed, 128 bytes of columns a step, through a ring of stages in shared memory. Where tiles are fewer than
 // multiprocessors, the blocks of a cluster share a tile, a slice of its columns each. A block's warpgroups do different work:
@@ -6,8 +6,8 @@
 //   streamers  the squares, and x + delta back to global memory for tokens that only add
 //   products   two warpgroups, 64 tokens each: tokens times readers (wgmma)
 // When the columns are through, the ring's memory takes the projections. If blocks share a tile, each adds up the projections of
-// its part of the tokens(), in the order of the slices, from the blocks' shared memory. Scores are written; for tokens with a gate or
-// rules the row is chosen and the rules solved. If there are such tokens(), the tile is streamed once more, and products write them.
+// its part of the tokens, in the order of the slices, from the blocks' shared memory. Scores are written; for tokens with a gate or
+// rules the row is chosen and the rules solved. If there are such tokens, the tile is streamed once more, and products write them.
 //
 // A projection is summed in the same order wherever its token lies: slices in fp32, of sums in fp32, of partial sums over 256
 // columns. The partial sums are short because tensor cores truncate what they add.

@@ -64,10 +64,6 @@ __device__ __forceinline__ void copy_box(void* shared, const Matrix& matrix, int
                : "memory");
 }
 
-// A barrier whose phase is over when `arrivals` threads have arrived.
-__device__ __forceinline__ void start(Barrier* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
 __device__ __forceinline__ void arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }

@@ -1,7 +1,7 @@
 // A GPU's blocks on a CPU, so that the CUDA kernels' logic is tested where there is no GPU: every thread is a fiber, a warp's
-// collective operation happens when its last lane arrives, and asynchronous copies land as late as the program allows. In every other
-// cluster it is the other way round: bulk copies land at once, and some warps run only when nobody else can, so that what is filled
-// again too early shows. Warps run in another order in every cluster, so that a missing barrier often shows; compute-sanitizer
+// collective operation happens when its last lane arrives, and asynchronous copies land as late as the program allows. An eager
+// emulator is the other way round: bulk copies land at once, and some warps run only when nobody else can, so that what is filled again
+// too early shows. Warps run in another order in every cluster, so that a missing barrier often shows; compute-sanitizer
 // looks for the rest. One cluster of blocks at a time.
 #pragma once
 #include <cuda_runtime_api.h>
@@ -124,8 +124,6 @@ class Cluster {
   void run(unsigned first, std::function<void()> body) {
     enum : size_t { kStack = 64 << 10 };
     running() = this;
-    static unsigned runs = 0;
-    eager = runs++ % 2;
     body_ = std::move(body);
     const int threads = static_cast<int>(fibers_.size());
     std::vector<std::unique_ptr<char[]>> stacks(threads);
@@ -172,7 +170,7 @@ class Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   Meeting meeting;
   bool progress = false, stalled = false;  // stalled: nobody went on in the last round
-  bool eager = false;
+  static inline bool eager = false;
   unsigned stalls = 0;
   bool chosen(const uint64_t* barrier) const { return (reinterpret_cast<uintptr_t>(barrier) / 8 * 2654435761u + stalls * 40503u) >> 7 & 1; }
 
@@ -291,7 +289,7 @@ inline uint32_t to_tf32(float value) {
 
 // --- what sm_90 adds: see cluster.cuh --------------------------------------------------------------------------------------
 
-inline void start(uint64_t* barrier) { Block::current().landings[barrier] = Landing{}; }
+inline void start(uint64_t* barrier, int arrivals = 1) { Block::current().landings[barrier] = Landing{arrivals}; }
 inline void before_bulk_copies() {}
 inline Landing& landing(uint64_t* barrier) {
   const auto found = Block::current().landings.find(barrier);
@@ -352,10 +350,6 @@ inline float4 load_four_from(const float* shared, int rank) { return load_from(r
 
 inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(static_cast<const char*>(p) - Block::current().shared()); }
 
-inline void start(uint64_t* barrier, int arrivals) {
-  start(barrier);
-  landing(barrier).arrivals = arrivals;
-}
 inline void arrive(uint64_t* barrier) {
   Landing& state = landing(barrier);
   if (++state.arrived < state.arrivals) return;

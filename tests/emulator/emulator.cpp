@@ -2,10 +2,13 @@
 #include <cmath>
 #include <vector>
 
+#include "../../kernels/cuda/hardware.cuh"
 #include "../../kernels/cuda/forms.h"
 
-// `cluster`: blocks of the decode kernel's largest cluster. Returns a cudaError_t, or EV_NO_KERNEL.
-extern "C" __attribute__((visibility("default"))) int ev_emulated_apply(const ev_args* args, int kernel, int multiprocessors, int shared_bytes, int cluster) {
+// `cluster`: blocks of the decode kernel's largest cluster. `eager`: see emulate.h. Returns a cudaError_t, or EV_NO_KERNEL.
+extern "C" __attribute__((visibility("default"))) int ev_emulated_apply(const ev_args* args, int kernel, int multiprocessors, int shared_bytes, int cluster,
+                                                                        int eager) {
+  ev::Cluster::eager = eager;
   const ev::Device device{multiprocessors, shared_bytes, 90, cluster, {1, 1, 1, 1}};
   const int log_ranks = kernel - EV_CUDA_STREAM_SM90;
   switch (kernel) {
