@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 import peers
 import provenance
 import torch
+from kernel_tables import torch_form
 
 from emovec import _host
 from emovec.ops import Operands, Row, Table, apply_
@@ -274,13 +275,6 @@ def ratio(entry: Mapping[str, Any], of: str, to: str) -> float:
     return float(entry["min_median_max_us"][of][1] / entry["min_median_max_us"][to][1])
 
 
-def best_torch(entry: Mapping[str, Any]) -> tuple[str, float]:
-    """torch's fastest form of a work, and its median in microseconds."""
-    medians = {name: times[1] for name, times in entry["min_median_max_us"].items() if name.startswith("torch")}
-    name = min(medians, key=lambda name: medians[name])
-    return name, medians[name]
-
-
 HEADER = (
     f"{'':4} {'tokens x d':>11} {'work':<18}{'form':<12}{'min':>9}{'median':>9}{'max':>9}{'of peak':>9}{'x read':>7}"
     f"{'torch':>8} {'form':<8}{'st.-vectors':>12}{'repeng':>8}  faster than emovec"
@@ -291,9 +285,9 @@ def line(entry: Mapping[str, Any], form: str) -> str:
     """One row: microseconds; then how many times as long torch's best form and each peer take."""
     us = entry["min_median_max_us"]
     share, times_read = (entry.get(key, {}).get(form) for key in ("share_of_peak", "times_read"))
-    torch_form, _ = best_torch(entry)
+    torchs = torch_form(entry)
     own = "emovec's hook" if "emovec's hook" in us and form == FORM else form  # hooks are compared with hooks
-    ratios = {"torch": ratio(entry, torch_form, form)} | {name: ratio(entry, name, own) for name in peers.PACKAGES if name in us}
+    ratios = {"torch": ratio(entry, torchs, form)} | {name: ratio(entry, name, own) for name in peers.PACKAGES if name in us}
     widths = {"steering-vectors": 12, "repeng": 8}
     cells = "".join(f"{ratios[name]:{width}.2f}" if name in ratios else " " * width for name, width in widths.items())
     winners = ", ".join(f"{name} by {1 / value - 1:.0%}" for name, value in ratios.items() if value < 1)
@@ -302,7 +296,7 @@ def line(entry: Mapping[str, Any], form: str) -> str:
         + "".join(f"{value:>9,.1f}" for value in us[form])
         + (f"{share:>9.0%}" if share is not None else " " * 9)
         + (f"{times_read:>7.2f}" if times_read is not None else " " * 7)
-        + f"{ratios['torch']:>8.2f} {torch_form.removeprefix('torch').strip():<8}{cells}  {winners}"
+        + f"{ratios['torch']:>8.2f} {torchs.removeprefix('torch').strip():<8}{cells}  {winners}"
     )
 
 

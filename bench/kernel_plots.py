@@ -8,6 +8,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pages
 import provenance
+from kernel_tables import torch_form
 
 Times = dict[str, list[tuple[int, float, float, float]]]  # by line: tokens, and microseconds: least, median, most
 STYLES: dict[str, dict[str, Any]] = {
@@ -58,9 +59,8 @@ def cpu() -> None:
         if case["width"] != 4096 or case["dtype"] != "bf16" or case["work"] == "add":
             continue
         times, measured = panels.setdefault(case["work"], {}), case["min_median_max_us"]
-        best = min((name for name in measured if name.startswith("torch")), key=lambda name: measured[name][1])
         times.setdefault("emovec", []).append((case["tokens"], *measured[form]))
-        times.setdefault("torch", []).append((case["tokens"], *measured[best]))
+        times.setdefault("torch", []).append((case["tokens"], *measured[torch_form(case)]))
         if share := case.get("share_of_peak", {}).get(form):
             times.setdefault("peak", []).append((case["tokens"], *[measured[form][1] * share] * 3))
     draw("kernels-cpu.svg", f"{found['provenance']['name']}, bf16, d = 4096, 171 concepts, one thread", panels)

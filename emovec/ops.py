@@ -66,18 +66,18 @@ class Operands:
         """
         device = readers.device if device is None else torch.device(device)
         dtype = readers.dtype if dtype is None else dtype
-        _require(dtype in DTYPES, f"activations must be float32, bfloat16 or float16, got {dtype}")
-        _require(readers.dim() == 2, f"readers must be [K, d], got {tuple(readers.shape)}")
-        _require(readers.shape == directions.shape, f"readers are {tuple(readers.shape)} but directions are {tuple(directions.shape)}")
+        require(dtype in DTYPES, f"activations must be float32, bfloat16 or float16, got {dtype}")
+        require(readers.dim() == 2, f"readers must be [K, d], got {tuple(readers.shape)}")
+        require(readers.shape == directions.shape, f"readers are {tuple(readers.shape)} but directions are {tuple(directions.shape)}")
         concepts = readers.shape[0]
-        _require(1 <= concepts <= MAX_CONCEPTS, f"a layer holds 1 to {MAX_CONCEPTS} concepts, got {concepts}")
+        require(1 <= concepts <= MAX_CONCEPTS, f"a layer holds 1 to {MAX_CONCEPTS} concepts, got {concepts}")
         mean = torch.zeros(concepts) if mean is None else mean
         std = torch.ones(concepts) if std is None else std
-        _require(
+        require(
             mean.shape == (concepts,) and std.shape == (concepts,),
             f"mean and std must be [{concepts}], got {tuple(mean.shape)} and {tuple(std.shape)}",
         )
-        _require(bool((std > 0).all()), "std must be positive for every concept")
+        require(bool((std > 0).all()), "std must be positive for every concept")
         rounded = readers.to(device, dtype)
         return cls(
             readers=pack(rounded),
@@ -173,7 +173,7 @@ class Table:
     @classmethod
     def empty(cls, rows: int, width: int, *, max_rules: int = MAX_RULES, device: torch.device | str = "cpu") -> Table:
         """A table of ``rows`` rows that change nothing, to be filled by :meth:`set_row`."""
-        _require(0 <= max_rules <= MAX_RULES, f"a row holds at most {MAX_RULES} rules, got {max_rules}")
+        require(0 <= max_rules <= MAX_RULES, f"a row holds at most {MAX_RULES} rules, got {max_rules}")
         return cls(
             delta=torch.zeros(rows, width, device=device),
             gate=torch.full((rows, 2), -1, dtype=torch.int32, device=device),
@@ -189,7 +189,7 @@ class Table:
         flat, fallback = list(rows), [-1] * len(rows)
         for index, row in enumerate(rows):
             if row.otherwise is not None:
-                _require(row.otherwise.gate is None, "a row's `otherwise` may not have a gate of its own")
+                require(row.otherwise.gate is None, "a row's `otherwise` may not have a gate of its own")
                 fallback[index] = len(flat)
                 flat.append(row.otherwise)
         directions = operands.directions
@@ -207,19 +207,19 @@ class Table:
         """Write ``row`` at ``index``, in place; tokens whose gate is closed use the row ``fallback`` (-1: untouched)."""
         concepts, width = operands.directions.shape
         max_rules = self.rule_concept.shape[1]
-        _require(0 <= index < self.rows, f"row {index} is not in a table of {self.rows} rows")
-        _require(-1 <= fallback < self.rows, f"fallback row {fallback} is not in a table of {self.rows} rows")
-        _require(len(row.rules) <= max_rules, f"{len(row.rules)} rules do not fit a table of {max_rules} rules a row")
+        require(0 <= index < self.rows, f"row {index} is not in a table of {self.rows} rows")
+        require(-1 <= fallback < self.rows, f"fallback row {fallback} is not in a table of {self.rows} rows")
+        require(len(row.rules) <= max_rules, f"{len(row.rules)} rules do not fit a table of {max_rules} rules a row")
         for rule in row.rules:
-            _require(0 <= rule.concept < concepts, f"rule on concept {rule.concept} of {concepts}")
-            _require(rule.lo <= rule.hi, f"rule on concept {rule.concept}: lower bound {rule.lo} is above upper bound {rule.hi}")
+            require(0 <= rule.concept < concepts, f"rule on concept {rule.concept} of {concepts}")
+            require(rule.lo <= rule.hi, f"rule on concept {rule.concept}: lower bound {rule.lo} is above upper bound {rule.hi}")
         delta = torch.zeros(width, dtype=torch.float64) if row.delta is None else row.delta.to("cpu", torch.float64)
-        _require(delta.shape == (width,), f"delta must be [{width}], got {tuple(delta.shape)}")
-        _require(bool(delta.isfinite().all()), "delta is not finite")
+        require(delta.shape == (width,), f"delta must be [{width}], got {tuple(delta.shape)}")
+        require(bool(delta.isfinite().all()), "delta is not finite")
         chosen = [rule.concept for rule in row.rules]
-        _require(len(set(chosen)) == len(chosen), f"two rules on one concept in {chosen}")
+        require(len(set(chosen)) == len(chosen), f"two rules on one concept in {chosen}")
         gate = row.gate
-        _require(gate is None or 0 <= gate.concept < concepts, f"gate on concept {gate and gate.concept} of {concepts}")
+        require(gate is None or 0 <= gate.concept < concepts, f"gate on concept {gate and gate.concept} of {concepts}")
 
         used = len(chosen)
         concept = torch.full((max_rules,), -1, dtype=torch.int32)
@@ -229,7 +229,7 @@ class Table:
             readers = operands.readers_unpacked()[chosen].to("cpu", torch.float64)
             gram = readers @ operands.directions[chosen].to("cpu", torch.float64).T
             condition = float(torch.linalg.cond(gram))
-            _require(
+            require(
                 condition < MAX_CONDITION,
                 f"rules on concepts {chosen} cannot hold at once: their directions are too alike (condition {condition:.0g})",
             )
@@ -307,6 +307,6 @@ def _fallback(x: Tensor, readers: Tensor, directions: Tensor, mean: Tensor, inv_
     reference.apply_(x, unpack(readers, *directions.shape), directions, mean, inv_std, *args[:10])
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)

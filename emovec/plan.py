@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from emovec.ops import DTYPES, LANES, MAX_CONCEPTS, MAX_RULES
+from emovec.ops import DTYPES, LANES, MAX_CONCEPTS, MAX_RULES, require
 
 MODES = ("read", "add", "rules")
 # `ev_cuda_device` of kernels/api.h. How many clusters of 2, 4 and 8 blocks run at once differs a little between cards of a kind,
@@ -41,13 +41,13 @@ class Work:
     rows: int = 1
 
     def __post_init__(self) -> None:
-        _require(self.tokens >= 1, f"tokens must be at least 1, got {self.tokens}")
-        _require(self.width >= 1, f"width must be at least 1, got {self.width}")
-        _require(1 <= self.concepts <= MAX_CONCEPTS, f"concepts must be 1 to {MAX_CONCEPTS}, got {self.concepts}")
-        _require(self.dtype in DTYPES, f"dtype must be float32, bfloat16 or float16, got {self.dtype}")
-        _require(self.mode in MODES, f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        _require(self.rows >= 1, f"rows must be at least 1, got {self.rows}")
-        _require(self.scores or self.steers, "to read without scores is no work")
+        require(self.tokens >= 1, f"tokens must be at least 1, got {self.tokens}")
+        require(self.width >= 1, f"width must be at least 1, got {self.width}")
+        require(1 <= self.concepts <= MAX_CONCEPTS, f"concepts must be 1 to {MAX_CONCEPTS}, got {self.concepts}")
+        require(self.dtype in DTYPES, f"dtype must be float32, bfloat16 or float16, got {self.dtype}")
+        require(self.mode in MODES, f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        require(self.rows >= 1, f"rows must be at least 1, got {self.rows}")
+        require(self.scores or self.steers, "to read without scores is no work")
 
     @property
     def steers(self) -> bool:
@@ -129,7 +129,7 @@ def plan(
     shape: dict[str, Any] = {"tokens": tokens, "width": width, "concepts": concepts, "dtype": dtype}
     work = Work(**shape, mode=mode, residual=residual, scores=scores, rows=rows)
     known = ("cpu", "cuda", *DEVICES)
-    _require(device in known, f"device must be one of {', '.join(known)}, got {device!r}")
+    require(device in known, f"device must be one of {', '.join(known)}, got {device!r}")
     return _on_cpu(work) if device == "cpu" else _on_gpu(work, device)
 
 
@@ -151,23 +151,18 @@ def _on_cpu(work: Work) -> Plan:
 def _on_gpu(work: Work, device: str) -> Plan:
     from emovec import _host
 
-    _require(has_cuda(), f"device {device!r}: this build has no CUDA kernels, it plans for CPUs only")
-    _require(device != "cuda" or torch.cuda.is_available(), "device 'cuda': torch finds no GPU here")
-    _require(work.width % 8 == 0, f"on a GPU width must be a multiple of 8, got {work.width}")
+    require(has_cuda(), f"device {device!r}: this build has no CUDA kernels, it plans for CPUs only")
+    require(device != "cuda" or torch.cuda.is_available(), "device 'cuda': torch finds no GPU here")
+    require(work.width % 8 == 0, f"on a GPU width must be a multiple of 8, got {work.width}")
     described = DEVICES[device] if device in DEVICES else torch.ops.emovec.describe_cuda()
     rules = {"read": -1, "add": 0, "rules": MAX_RULES}[work.mode]
     number, tile, blocks, launches, workspace, passes, again = torch.ops.emovec.plan_cuda(
         work.tokens, work.width, work.concepts, DTYPES.index(work.dtype), work.residual, rules, work.scores, described
     )
     names: dict[int, str] = {number: name for name, number in _host.kernels().items()}
-    _require(number in names, f"device {device!r} has no kernel for {work}")
+    require(number in names, f"device {device!r} has no kernel for {work}")
     split = "over tokens" if blocks == -(-work.tokens // tile) else "over tokens and columns"
     how: dict[str, Any] = {"kernel": names[number], "split": split, "tile": tile, "blocks": blocks}
     reads = passes + again - 1 + (passes - work.projects if work.residual else 0)  # of x and residual, beyond those that must be
     moved = work.bytes + reads * work.stream + (min(passes, 1) - work.projects) * work.readers + 8 * workspace
     return Plan(**vars(work), **how, device=device, launches=launches, moved=moved)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

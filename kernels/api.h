@@ -40,7 +40,7 @@ struct ev_args {
   float* workspace;  // as many floats as the plan says; not initialised
 };
 
-// The kernels by number, as `apply_(form=)` takes them; 0 takes the fastest.
+// The kernels by number, as `apply_(form=)` takes them; 0 takes a CPU's fastest, a GPU's as planned.
 enum ev_kernel : int32_t {
   EV_AUTO = 0,
   EV_CPU_SCALAR = 1,

@@ -71,8 +71,9 @@ class StreamBlock {
   __device__ __forceinline__ int64_t first() const { return static_cast<int64_t>(blockIdx.x >> cut.log_ranks) * kTokens; }
   __device__ __forceinline__ int slice() const { return static_cast<int>(blockIdx.x) & (cut.ranks - 1); }
   __device__ __forceinline__ int count() const { return a.n - first() < kTokens ? static_cast<int>(a.n - first()) : static_cast<int>(kTokens); }
+  __device__ __forceinline__ bool outputs() const { return a.scores || a.sqnorm; }
   // The same in all blocks of a tile.
-  __device__ __forceinline__ bool projects() const { return a.scores || a.sqnorm || tokens().any_waits; }
+  __device__ __forceinline__ bool projects() const { return outputs() || tokens().any_waits; }
   __device__ __forceinline__ int steps() const {
     const int left = cut.all_steps - slice() * cut.steps;
     return left < 0 ? 0 : left < cut.steps ? left : cut.steps;
@@ -126,7 +127,7 @@ class StreamBlock {
   }
 
   // Whether there is a second pass: for the tokens that waited, or where nothing is projected, for those that only add.
-  __device__ __forceinline__ bool again() const { return tokens().any_waits || (!a.scores && !a.sqnorm); }
+  __device__ __forceinline__ bool again() const { return tokens().any_waits || !outputs(); }
 
   const ev_args& a;
   const Matrices& matrices;

@@ -32,6 +32,7 @@ enum : int {
   kWarpTokens = 16,   // of a products warp
   kPartSteps = 4,     // steps whose products are summed by the tensor cores
   kLanes = 8,         // that share a token's 128 bytes, so that a warp reads and writes whole lines
+  kApart = 32 / kLanes,  // a warp has so many tokens at a time, so a lane's are so far apart
   kFewRules = 4,      // whose directions it has in flight
   // Registers of a thread; the four warpgroups have 512 between them.
   kBringerRegisters = 24,
@@ -49,7 +50,6 @@ class Stream : StreamBlock {
   using StreamBlock::StreamBlock;
 
   __device__ __forceinline__ void run() {
-    const bool outputs = a.scores || a.sqnorm;
     if (threadIdx.x == 0) {
       start_ring(rings().tokens[0], kStreamers + kProducts);
       start_ring(rings().tokens[1], kProducts);
@@ -58,7 +58,7 @@ class Stream : StreamBlock {
       tokens().any_waits = false;
     }
     __syncthreads();
-    if (!outputs) {  // or else streamers sort the tokens while the ring fills
+    if (!outputs()) {  // or else streamers sort the tokens while the ring fills
       if (threadIdx.x < kTokens) sort(static_cast<int>(threadIdx.x));
       __syncthreads();
     }
@@ -68,7 +68,7 @@ class Stream : StreamBlock {
       bring();
     } else if (group == 1) {
       give_registers<kStreamerRegisters>();
-      if (a.scores || a.sqnorm) {
+      if (outputs()) {
         sort(static_cast<int>(threadIdx.x) - kGroup);
         meet_warpgroup();
       }
@@ -96,10 +96,10 @@ class Stream : StreamBlock {
   // --- streaming ------------------------------------------------------------------------------------------------------
 
   // The first pass is by streamers, the second by products. A lane has a vector of kRounds tokens of every stage, the first of
-  // them `token`, the others four apart.
+  // them `token`, the others kApart apart.
   template <bool FIRST>
   __device__ __forceinline__ int token() const {
-    return (threadIdx.x / 32 - (FIRST ? 4 : 8)) * kRounds<FIRST> * (32 / kLanes) + lane() / kLanes;
+    return (threadIdx.x / 32 - (FIRST ? 1 : 2) * kGroup / 32) * kRounds<FIRST> * kApart + lane() / kLanes;
   }
 
   // x + delta back to x for tokens with a row in `rows`; in the first pass squares, in the second what the rules add.
@@ -120,7 +120,7 @@ class Stream : StreamBlock {
         bool writes[few];
 #pragma unroll
         for (int i = 0; i < few; ++i) {
-          const int32_t j = ADDS ? rows[t + (batch + i) * 4] : -1;
+          const int32_t j = ADDS ? rows[t + (batch + i) * kApart] : -1;
           writes[i] = ADDS && j >= 0 && at < static_cast<int>(a.d);
           if (writes[i]) load_floats(change[i], a.table.delta + j * a.d + at, true);
         }
@@ -130,7 +130,7 @@ class Stream : StreamBlock {
         for (int i = 0; i < few; ++i) {
           const int round = batch + i;
           // Every other round's tokens are 4 further in their eight rows.
-          const char* from = stage + (place ^ round % 2 * 64) + round * 4 * kBoxBytes;
+          const char* from = stage + (place ^ round % 2 * 64) + round * kApart * kBoxBytes;
           float x[V::kSize], residual[V::kSize] = {};
           V::load(from).widen(x);
           if (RESIDUAL) V::load(from + cut.token_stages * kTokenBytes).widen(residual);
@@ -142,7 +142,7 @@ class Stream : StreamBlock {
           if (!writes[i]) continue;
 #pragma unroll
           for (int e = 0; e < V::kSize; ++e) x[e] += change[i][e];
-          V::rounded(x).store(out + round * 4 * a.x_stride, true);
+          V::rounded(x).store(out + round * kApart * a.x_stride, true);
         }
       }
       release(rings().tokens[FIRST ? 0 : 1].freed + turn.slot);
@@ -161,7 +161,7 @@ class Stream : StreamBlock {
       for (int m = 0; m < kFewRules; ++m) {
 #pragma unroll
         for (int i = 0; i < FEW; ++i) {
-          const int entry = (t + i * 4) * rules + begin + m;
+          const int entry = (t + i * kApart) * rules + begin + m;
           c[m][i] = writes[i] && begin + m < rules ? coefficients()[entry] : 0.f;
           if (c[m][i] != 0.f) direction[m][i] = V::load(static_cast<const T*>(a.directions) + concepts()[entry] * a.d + at, true);
         }
@@ -193,7 +193,7 @@ class Stream : StreamBlock {
     for (int round = 0; round < kRounds<true>; ++round) {
       float sum = square[round];
       for (int distance = 1; distance < kLanes; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-      if (lane() % kLanes == 0) squares()[token<true>() + round * 4] = sum;
+      if (lane() % kLanes == 0) squares()[token<true>() + round * kApart] = sum;
     }
   }
 
