@@ -6,18 +6,23 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+from emovec import extras
 from emovec.bank_layer import shown
 
 SHIPPED = Path(__file__).parent.parent / "data" / "corpus"
 
 Turns: TypeAlias = list[dict[str, str]]
 Source: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[Mapping[str, Any]]
-"""A JSON Lines file, several of them, or the objects themselves."""
+"""A file of JSON Lines or of Parquet, several of them, or the objects themselves: a list, a data set of ``datasets``, or whatever
+else can be iterated over more than once; what cannot, such as a generator, is kept in memory."""
 
+PARQUET = (".parquet", ".pq")
+FIELDS = ("emotion", "concept", "text", "topic", "contrast", "turns", "content")
+_ROWS = 256  # of a Parquet file at a time
 
 _Parse: TypeAlias = Callable[[Mapping[str, Any], str], Any]
 """From an object and where it stands to what it says."""
@@ -29,12 +34,16 @@ class CorpusError(ValueError):
 
 @dataclass(frozen=True)
 class Story:
-    """A text in which someone feels ``emotion`` without its being named; ``where`` it stands, for messages."""
+    """A text in which someone feels ``emotion`` without its being named; ``where`` it stands, for messages.
+
+    ``contrast`` is the text's counterpart without the emotion, if it has one.
+    """
 
     emotion: str
     text: str
     topic: str = ""
     where: str = "a story"
+    contrast: str | None = None
 
 
 def shipped(name: str) -> Path:
@@ -56,11 +65,16 @@ def families() -> dict[str, list[str]]:
 
 
 def stories(source: Source) -> Callable[[], Iterator[Story]]:
-    """A function that reads the stories afresh, one at a time, each time it is called.
+    """A function that reads the stories afresh, one at a time, each time it is called; none is kept.
 
-    Objects need ``emotion`` and ``text``; ``topic`` is optional and other fields are ignored.
+    Objects need ``emotion`` (or ``concept``) and ``text``; ``topic`` is optional and other fields are ignored.
     """
     return _reader(source, _story)
+
+
+def pairs(source: Source) -> Callable[[], Iterator[Story]]:
+    """Likewise for stories of a new concept, which may have a ``contrast``: the same without what makes the concept."""
+    return _reader(source, _pair)
 
 
 def dialogues(source: Source) -> Callable[[], Iterator[Turns]]:
@@ -82,8 +96,13 @@ def digest(items: Iterable[Any]) -> str:
 
 
 def _story(item: Mapping[str, Any], where: str) -> Story:
-    topic = item.get("topic", "")
-    return Story(_text(item, "emotion").strip(), _text(item, "text"), topic if isinstance(topic, str) else str(topic), where)
+    topic = item.get("topic")
+    name = "concept" if "concept" in item and "emotion" not in item else "emotion"
+    return Story(_text(item, name).strip(), _text(item, "text"), "" if topic is None else str(topic), where)
+
+
+def _pair(item: Mapping[str, Any], where: str) -> Story:
+    return replace(_story(item, where), contrast=None if item.get("contrast") is None else _text(item, "contrast"))
 
 
 def _dialogue(item: Mapping[str, Any], where: str) -> Turns:
@@ -103,9 +122,15 @@ def _text(item: Mapping[str, Any], field: str) -> str:
 def _reader(source: Source, parse: _Parse) -> Callable[[], Iterator[Any]]:
     paths = _paths(source)
     if paths is not None:
-        return lambda: (parsed for path in paths for parsed in _lines(path, parse))
-    items = list(cast("Iterable[Mapping[str, Any]]", source))
+        return lambda: (parsed for path in paths for parsed in _file(path, parse))
+    items = cast("Iterable[Mapping[str, Any]]", source)
+    if isinstance(items, Iterator):  # it can be read once only, so it has to be kept
+        items = list(items)
     return lambda: (_parsed(item, parse, f"item {number}") for number, item in enumerate(items, start=1))
+
+
+def _file(path: Path, parse: _Parse) -> Iterator[Any]:
+    return _rows(path, parse) if path.suffix in PARQUET else _lines(path, parse)
 
 
 def _paths(source: Source) -> list[Path] | None:
@@ -130,6 +155,24 @@ def _lines(path: Path, parse: _Parse) -> Iterator[Any]:
                 except (ValueError, RecursionError) as error:
                     raise CorpusError(f"{where}: not a line of JSON: {error}") from None
                 yield _parsed(item, parse, where)
+
+
+def _rows(path: Path, parse: _Parse) -> Iterator[Any]:
+    """The rows of a Parquet file, some at a time. Columns that nobody asks for are not read."""
+    parquet, arrow = (extras.require(name, extra="parquet") for name in ("pyarrow.parquet", "pyarrow"))
+    if not path.is_file():
+        raise CorpusError(f"{path}: No such file or directory")
+    number = 0
+    try:
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            known = [name for name in file.schema_arrow.names if name in FIELDS]
+            for batch in file.iter_batches(batch_size=_ROWS, columns=known, use_threads=False):
+                for row in batch.to_pylist():
+                    number += 1
+                    # a column holds a null where a row of JSON Lines would lack the field
+                    yield _parsed({name: value for name, value in row.items() if value is not None}, parse, f"{path}: row {number}")
+    except (arrow.ArrowException, OSError) as error:
+        raise CorpusError(f"{path}: not a readable Parquet file: {error}") from None
 
 
 def _parsed(item: object, parse: _Parse, where: str) -> Any:

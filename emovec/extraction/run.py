@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from emovec.bank import Bank, BankError, BankLayer, fingerprint, template_hash, unknown
@@ -104,6 +105,16 @@ class Extraction:
         return NeutralMoments(residual_width(self.model), self.blocks.layers, about, dialogues=self.recipe.denoise == "dialogues")
 
     # --- the passes ---------------------------------------------------------------------------------------------------
+
+    def estimate(self) -> float:
+        """About how many seconds :meth:`run` will take: the first batch is run twice, the second time against the clock."""
+        first = next(batches(self._texts.stories(self.plan.names), self.batch_tokens))
+        for _ in range(2):
+            started = time.monotonic()
+            self.blocks.run(first)
+            if self.blocks.device.type != "cpu":
+                torch.accelerator.synchronize()
+        return self.plan.tokens / ranks.world() * (time.monotonic() - started) / first.tokens
 
     def run(self) -> Bank:
         """Do it. In a group of processes each returns the whole bank.
@@ -286,7 +297,8 @@ def extract(
     Args:
         model: a decoder of transformers, of any dtype and on any devices.
         tokenizer: its tokenizer; its padding side does not matter.
-        stories: a JSON Lines file, several, or objects, each with ``emotion`` and ``text``. Default: emovec's own.
+        stories: a JSON Lines or Parquet file, several, or objects that can be iterated over more than once, such as a list or
+            a data set of ``datasets``; each with ``emotion`` and ``text``. They are read one at a time. Default: emovec's own.
         neutral: dialogues without feeling, objects with ``turns`` of ``role`` and ``content``. Default: emovec's own.
         ordinary: everyday prompts, objects with ``content``. Default: emovec's own.
         names: the concepts in the order of the bank; default: as they first occur in the stories.

@@ -1,0 +1,137 @@
+"""Does an extraction's memory grow with the number of stories? `python bench/extract_scale.py`
+
+SmolLM2 cut to its first two layers, so that 20,000 stories end in minutes on one core; what is kept per story does not depend
+on how deep a model is. Each size runs in a process of its own: the highest resident memory after the model is loaded, after the plan
+and at the end, and the speed. The stories are the shipped ones over and over, their words in another order each time, in a file
+of JSON Lines (or of Parquet, the last row).
+
+Writes bench/results/extract_scale.json and the table of docs/extraction.md; with `--page` the table alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import pages
+import provenance
+import torch
+from heldout import PAGE
+
+from emovec.extraction import Extraction, corpus
+from emovec.models import load_model
+
+MODEL, LAYERS = "smollm2-135m-instruct", 2
+SIZES = (200, 2_000, 20_000)
+MIB = 1024  # of what getrusage counts in, on Linux
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", action="store_true", help="write the page's table from the results there are")
+    parser.add_argument("--one", type=Path, help="run one extraction of this file and print its figures")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.one is not None:
+        print(json.dumps(extracted(options.one)))
+        return
+    if not options.page:
+        measure()
+    found = provenance.read("extract_scale")
+    pages.write(PAGE, {"scale": table(found["results"], found["provenance"]["name"])})
+
+
+def measure() -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for count, form in [*((size, "jsonl") for size in SIZES), (SIZES[-1], "parquet")]:
+            path = written(Path(folder) / f"stories.{form}", count)
+            done = subprocess.run([sys.executable, __file__, "--one", str(path)], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            rows.append({"stories": count, "file": form, "file_mib": round(path.stat().st_size / 2**20, 1), **json.loads(done.stdout)})
+            print(rows[-1], flush=True)
+    provenance.write("extract_scale", {"model": MODEL, "layers": LAYERS, "dtype": "bfloat16", "threads": 1, "rows": rows})
+
+
+def extracted(path: Path) -> dict[str, Any]:
+    """One extraction's figures: memory in MiB, the highest so far."""
+    model, tokenizer = load_model(MODEL, dtype=torch.bfloat16)
+    model.model.layers = model.model.layers[:LAYERS]
+    model.config.num_hidden_layers = LAYERS
+    model(input_ids=torch.ones(11, 181, dtype=torch.long))  # what a pass needs has been allocated before the clock starts
+    loaded = peak()
+    started = time.monotonic()
+    job = Extraction(model, tokenizer, path, progress=False)
+    planned, planning = peak(), time.monotonic() - started
+    job.run()
+    assert job.summary is not None
+    return {
+        "tokens": job.plan.tokens,
+        "sums_mib": round(job.plan.bytes / 2**20, 1),
+        "loaded_mib": loaded,
+        "planned_mib": planned,
+        "peak_mib": peak(),
+        "plan_s": round(planning, 1),
+        "run_s": round(job.summary.seconds, 1),
+        "tokens_per_s": round(job.summary.tokens_per_second),
+    }
+
+
+def peak() -> float:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB, 1)
+
+
+def written(path: Path, count: int) -> Path:
+    """A file of ``count`` stories. Parquet in groups of 1,000 rows, as writers do."""
+    if path.suffix == ".jsonl":
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(story) + "\n" for story in stories(count))
+        return path
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(list(stories(count))), path, row_group_size=1000)
+    return path
+
+
+def stories(count: int) -> Iterator[dict[str, str]]:
+    shuffle = random.Random(0).shuffle
+    for story in islice(cycle(corpus.stories(corpus.shipped("stories.jsonl"))()), count):
+        words = story.text.split()
+        shuffle(words)
+        yield {"emotion": story.emotion, "topic": story.topic, "text": " ".join(words)}
+
+
+def table(results: dict[str, Any], machine: str) -> str:
+    lines = [
+        "| stories | file | plan | tokens/s | memory once loaded | after the plan | at most |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {row['stories']:,} | {row['file_mib']:.1f} MiB of {FORMS[row['file']]} | {row['plan_s']:.0f} s | {row['tokens_per_s']:,} "
+            f"| {row['loaded_mib']:,.0f} MiB | {row['planned_mib']:,.0f} MiB | {row['peak_mib']:,.0f} MiB |"
+            for row in results["rows"]
+        ),
+    ]
+    source = (
+        f"{results['model']} ({results['dtype']}), cut to its first {results['layers']} layers, one thread; the process's highest resident memory.\n"
+        f"Measured by `python bench/extract_scale.py` on {machine}."
+    )
+    return "\n".join([*lines, "", source])
+
+
+FORMS = {"jsonl": "JSON Lines", "parquet": "Parquet"}
+
+
+if __name__ == "__main__":
+    main()
