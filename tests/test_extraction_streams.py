@@ -140,9 +140,9 @@ def test_of_tokens_a_window_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "Tokens", Tokens)
     model = tiny.fresh(num_hidden_layers=1)
     job = Extraction(model, plain.tokenizer(), Watched(3 * WINDOW), CORPUS.neutral, CORPUS.ordinary, recipe=Recipe(skip=8), progress=False)
-    assert 1 <= most <= 2, "the plan keeps none"
+    assert 1 <= most <= 4, "the plan keeps none"
     job.run()
-    assert WINDOW <= most <= WINDOW + 2, "the pass keeps what it sorts by length"
+    assert WINDOW <= most <= WINDOW + 4, "the pass keeps what it sorts by length"
 
 
 def test_the_estimate_is_of_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

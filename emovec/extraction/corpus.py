@@ -69,22 +69,22 @@ def stories(source: Source) -> Callable[[], Iterator[Story]]:
 
     Objects need ``emotion`` (or ``concept``) and ``text``; ``topic`` is optional and other fields are ignored.
     """
-    return _reader(source, _story)
+    return objects(source, story_of)
 
 
 def pairs(source: Source) -> Callable[[], Iterator[Story]]:
     """Likewise for stories of a new concept, which may have a ``contrast``: the same without what makes the concept."""
-    return _reader(source, _pair)
+    return objects(source, _pair)
 
 
 def dialogues(source: Source) -> Callable[[], Iterator[Turns]]:
     """Likewise for dialogues: objects with ``turns``, each of a ``role`` and a ``content``."""
-    return _reader(source, _dialogue)
+    return objects(source, _dialogue)
 
 
 def prompts(source: Source) -> Callable[[], Iterator[Turns]]:
     """Likewise for prompts: objects with ``content``; each becomes a dialogue of one user turn."""
-    return _reader(source, lambda item, where: [{"role": "user", "content": _text(item, "content")}])
+    return objects(source, lambda item, where: [{"role": "user", "content": text_of(item, "content")}])
 
 
 def digest(items: Iterable[Any]) -> str:
@@ -95,38 +95,41 @@ def digest(items: Iterable[Any]) -> str:
     return found.hexdigest()[:16]
 
 
-def _story(item: Mapping[str, Any], where: str) -> Story:
+def story_of(item: Mapping[str, Any], where: str) -> Story:
+    """The story that an object is."""
     topic = item.get("topic")
     name = "concept" if "concept" in item and "emotion" not in item else "emotion"
-    return Story(_text(item, name).strip(), _text(item, "text"), "" if topic is None else str(topic), where)
+    return Story(text_of(item, name).strip(), text_of(item, "text"), "" if topic is None else str(topic), where)
 
 
 def _pair(item: Mapping[str, Any], where: str) -> Story:
-    return replace(_story(item, where), contrast=None if item.get("contrast") is None else _text(item, "contrast"))
+    return replace(story_of(item, where), contrast=None if item.get("contrast") is None else text_of(item, "contrast"))
 
 
 def _dialogue(item: Mapping[str, Any], where: str) -> Turns:
     turns = item.get("turns")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
         raise CorpusError(f"'turns' must be a list of objects with role and content, got {shown(turns)}")
-    return [{"role": _text(turn, "role"), "content": _text(turn, "content")} for turn in turns]
+    return [{"role": text_of(turn, "role"), "content": text_of(turn, "content")} for turn in turns]
 
 
-def _text(item: Mapping[str, Any], field: str) -> str:
+def text_of(item: Mapping[str, Any], field: str) -> str:
+    """The text of a field that has to be there."""
     value = item.get(field)
     if not isinstance(value, str) or not value.strip():
         raise CorpusError(f"{field!r} must be text, got {shown(value)}" if field in item else f"no {field!r}")
     return value
 
 
-def _reader(source: Source, parse: _Parse) -> Callable[[], Iterator[Any]]:
+def objects(source: Source, parse: _Parse) -> Callable[[], Iterator[Any]]:
+    """A function that reads objects afresh each time, and what ``parse`` makes of each and where it stands."""
     paths = _paths(source)
     if paths is not None:
-        return lambda: (parsed for path in paths for parsed in _file(path, parse))
+        return lambda: (each for path in paths for each in _file(path, parse))
     items = cast("Iterable[Mapping[str, Any]]", source)
     if isinstance(items, Iterator):  # it can be read once only, so it has to be kept
         items = list(items)
-    return lambda: (_parsed(item, parse, f"item {number}") for number, item in enumerate(items, start=1))
+    return lambda: (parsed(item, parse, f"item {number}") for number, item in enumerate(items, start=1))
 
 
 def _file(path: Path, parse: _Parse) -> Iterator[Any]:
@@ -154,7 +157,7 @@ def _lines(path: Path, parse: _Parse) -> Iterator[Any]:
                     item = json.loads(line.decode("utf-8"))
                 except (ValueError, RecursionError) as error:
                     raise CorpusError(f"{where}: not a line of JSON: {error}") from None
-                yield _parsed(item, parse, where)
+                yield parsed(item, parse, where)
 
 
 def _rows(path: Path, parse: _Parse) -> Iterator[Any]:
@@ -170,12 +173,13 @@ def _rows(path: Path, parse: _Parse) -> Iterator[Any]:
                 for row in batch.to_pylist():
                     number += 1
                     # a column holds a null where a row of JSON Lines would lack the field
-                    yield _parsed({name: value for name, value in row.items() if value is not None}, parse, f"{path}: row {number}")
+                    yield parsed({name: value for name, value in row.items() if value is not None}, parse, f"{path}: row {number}")
     except (arrow.ArrowException, OSError) as error:
         raise CorpusError(f"{path}: not a readable Parquet file: {error}") from None
 
 
-def _parsed(item: object, parse: _Parse, where: str) -> Any:
+def parsed(item: object, parse: _Parse, where: str) -> Any:
+    """What ``parse`` makes of an object; what is wrong with it is named by where it stands."""
     if not isinstance(item, Mapping):
         raise CorpusError(f"{where}: not an object but {shown(item)}")
     try:

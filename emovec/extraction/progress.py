@@ -11,7 +11,7 @@ _EVERY = 10.0  # seconds between plain lines
 
 
 class Progress:
-    """Counts tokens done of ``total``; shows nothing unless ``visible``.
+    """Counts tokens, or another unit, done of ``total``; shows nothing unless ``visible``.
 
     >>> with Progress(100, visible=False) as progress:
     ...     progress.advance(40)
@@ -19,10 +19,11 @@ class Progress:
     40
     """
 
-    def __init__(self, total: int, label: str = "extracting", *, visible: bool = True) -> None:
+    def __init__(self, total: int, label: str = "extracting", *, unit: str = "tokens", visible: bool = True) -> None:
         self.total = total
         self.done = 0
         self._label = label
+        self._unit = unit
         self._visible = visible
         self._bar: Any = None
         self._task: Any = None
@@ -55,15 +56,18 @@ class Progress:
         """Tokens per second since the start."""
         return (self.done - self._skipped) / max(time.monotonic() - self._started, 1e-9)
 
+    def _rate(self) -> str:
+        return f"{self.speed:,.0f} {self._unit}/s" if self.speed >= 10 else f"{self.speed:.2g} {self._unit}/s"
+
     def _show(self, tokens: int) -> None:
         self.done += tokens
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, speed=f"{self.speed:,.0f} tokens/s")
+            self._bar.update(self._task, completed=self.done, speed=self._rate())
         elif self._visible and time.monotonic() - self._last > _EVERY:
             self._last = time.monotonic()
             left = (self.total - self.done) / max(self.speed, 1e-9)
             print(
-                f"{self._label}: {self.done:,} of {self.total:,} tokens, {self.speed:,.0f} tokens/s, {left / 60:.0f} min left",
+                f"{self._label}: {self.done:,} of {self.total:,} {self._unit}, {self._rate()}, {left / 60:.0f} min left",
                 file=sys.stderr,
                 flush=True,
             )
