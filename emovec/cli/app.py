@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from emovec.cli import bank, demo, extract, generate, info, read
+from emovec.cli import bank, compare, demo, extract, generate, info, read
 from emovec.cli.common import fail
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("demo")(demo.demo)
 app.command("read")(read.read)
 app.command("generate")(generate.generate)
 app.command("extract")(extract.extract)
+app.command("compare")(compare.compare)
 app.add_typer(bank.app, name="bank")
 app.command("info")(info.info)
 
