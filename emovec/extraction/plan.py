@@ -62,7 +62,7 @@ class Texts:
     def stories(self, names: Sequence[str]) -> Iterator[Tokens]:
         """The stories that are used, labelled by the index of their concept."""
         label = {name: index for index, name in enumerate(names)}
-        return filter(_usable, (self._tokens(story, label[story.emotion]) for story in self._stories()))
+        return filter(usable, (self._tokens(story, label[story.emotion]) for story in self._stories()))
 
     def neutral(self) -> Iterable[Tokens]:
         """The dialogues to denoise by."""
@@ -90,7 +90,7 @@ class Texts:
                     raise CorpusError(f"{story.where}: {unknown(story.emotion, known)}")
                 text = self._tokens(story)
                 _check_length(text, story.where, max_tokens)
-                if _usable(text):
+                if usable(text):
                     used[story.emotion] += 1
                     tokens += len(text.ids)
                 else:
@@ -123,7 +123,7 @@ class Texts:
         return story_tokens(self._tokenizer, story.text, skip=recipe.skip, share=recipe.skip_share, chat=chat, label=label)
 
 
-def _usable(text: Tokens) -> bool:
+def usable(text: Tokens) -> bool:
     """Whether a story has a token after the skip."""
     return any(kind != UNUSED for kind in text.kinds)
 

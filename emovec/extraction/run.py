@@ -125,7 +125,7 @@ class Extraction:
         """
         started = time.monotonic()
         with Progress(-(-self.plan.tokens // ranks.world()), visible=self._progress) as progress:
-            moments = self._pass_over_stories(progress)
+            moments = self.over_stories(progress)
             layers = self._directions(moments, progress)
             layers = calibrate(
                 self.model,
@@ -146,7 +146,8 @@ class Extraction:
                 self._state_path.unlink(missing_ok=True)
         return bank
 
-    def _pass_over_stories(self, progress: Progress) -> StoryMoments:
+    def over_stories(self, progress: Progress) -> StoryMoments:
+        """The sums of the pass over the stories, from the state on if there is one."""
         moments = self._moments()
         before, tokens, tensors = (0, 0, {}) if self._resume is None else state.read(self._state_path, self._belongs_to())
         moments.load(tensors)

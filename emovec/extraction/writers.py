@@ -124,6 +124,8 @@ class Endpoint:
         request = urllib.request.Request(self._url, data=body, headers=headers, method="POST")
         with self._opener.open(request, timeout=self._timeout) as response:
             answer: bytes = response.read(_LONGEST_ANSWER)
+            if response.length:  # bytes that should have come, and have not
+                raise http.client.IncompleteRead(answer, response.length)
             return answer
 
     def _said(self, error: urllib.error.HTTPError) -> str:

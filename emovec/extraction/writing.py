@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,15 +74,18 @@ def write_stories(writer: Writer, order: Order, out: str | os.PathLike[str], *, 
     report = Report(len(tasks), len(tasks) - len(missing))
     with Progress(len(tasks), "writing", unit="stories", visible=progress) as bar, path.open("ab") as file:
         bar.resume(report.there)
-        for task, item, reasons in _in_threads(writer, order, missing, shelf):
+
+        def save(item: dict[str, Any]) -> None:
+            file.write(json.dumps(item, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+        for task, done, reasons in _in_threads(writer, order, missing, shelf, save):
             report.rejected.update(reason.split(":")[0] for reason in reasons)
-            if item is None:
-                report.given_up.append((task, reasons))
-            else:
-                file.write(json.dumps(item, ensure_ascii=False).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+            if done:
                 report.written += 1
+            else:
+                report.given_up.append((task, reasons))
             bar.advance(1)
     report.requests, report.retries, report.seconds = writer.requests, writer.retries, time.monotonic() - started
     return report
@@ -169,10 +172,10 @@ def _asked(writer: Writer, order: Order, task: Task, prompt: str, attempt: int) 
 
 
 def _in_threads(
-    writer: Writer, order: Order, tasks: Sequence[Task], shelf: _Shelf
-) -> Iterator[tuple[Task, dict[str, Any] | None, list[str]]]:
-    """The outcome of each task as it comes in. An error in one thread ends all."""
-    waiting, lock = iter(tasks), threading.Lock()
+    writer: Writer, order: Order, tasks: Sequence[Task], shelf: _Shelf, save: Callable[[dict[str, Any]], None]
+) -> Iterator[tuple[Task, bool, list[str]]]:
+    """Of each task as it comes in, whether its story was written and saved. An error in one thread ends all."""
+    waiting, lock, saving = iter(tasks), threading.Lock(), threading.Lock()
     outcomes: queue.Queue[Any] = queue.Queue()
     ended = threading.Event()
 
@@ -183,7 +186,11 @@ def _in_threads(
             if task is None:
                 return
             try:
-                outcomes.put((task, *_written(writer, order, task, shelf)))
+                item, reasons = _written(writer, order, task, shelf)
+                if item is not None:
+                    with saving:  # here, so that a kill costs no more than the requests under way
+                        save(item)
+                outcomes.put((task, item is not None, reasons))
             except BaseException as error:  # raised again in the thread that waits for it
                 outcomes.put(error)
                 return
