@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from emovec.cli import bank, compare, demo, extract, generate, info, read
+from emovec.cli import bank, compare, demo, evaluate, extract, generate, info, read, stories
 from emovec.cli.common import fail
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ app.command("read")(read.read)
 app.command("generate")(generate.generate)
 app.command("extract")(extract.extract)
 app.command("compare")(compare.compare)
+app.command("stories")(stories.stories)
+app.command("evaluate")(evaluate.evaluate)
 app.add_typer(bank.app, name="bank")
 app.command("info")(info.info)
 

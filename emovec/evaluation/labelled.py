@@ -1,0 +1,116 @@
+"""Labelled texts by their mean activations, and banks re-made from part of them by a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emovec.bank import Bank, BankLayer, Baseline
+from emovec.bank_layer import KINDS
+from emovec.evaluation.stats import shuffled_within
+from emovec.extraction.recipe import Derived, Recipe, derive
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Stories or messages by their activations.
+
+    Attributes:
+        means: [N, L, d] in fp32, the mean over each text's used tokens.
+        labels: [N], its concept.
+        topics: [N], its topic's index.
+        layers: the layers that L stands for; empty: 0 to L - 1.
+    """
+
+    means: Tensor
+    labels: Tensor
+    topics: Tensor
+    layers: tuple[int, ...] = ()
+
+    def at(self, layer: int) -> Tensor:
+        """The means [N, d] of one layer in fp64."""
+        return self.means[:, self.layers.index(layer) if self.layers else layer].double()
+
+    def by_layer(self, layers: Sequence[int]) -> dict[int, Tensor]:
+        return {layer: self.at(layer) for layer in layers}
+
+    def where(self, chosen: Tensor) -> Texts:
+        return replace(self, means=self.means[chosen], labels=self.labels[chosen], topics=self.topics[chosen])
+
+    def among(self, topics: Sequence[int]) -> Tensor:
+        return torch.isin(self.topics, torch.tensor(topics))
+
+    def __add__(self, other: Texts) -> Texts:
+        means, labels, topics = (torch.cat([getattr(self, name), getattr(other, name)]) for name in ("means", "labels", "topics"))
+        return replace(self, means=means, labels=labels, topics=topics)
+
+
+def within_topics(train: Texts, seed: int) -> Texts:
+    """The same texts, labels shuffled within each topic."""
+    order = shuffled_within(train.topics, torch.Generator().manual_seed(seed))
+    return replace(train, labels=train.labels[order])
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean [L, d] and covariance [L, d, d] in fp64 of the tokens at one kind of position, at ``layers``, over ``count`` of them."""
+
+    mean: Tensor
+    covariance: Tensor
+    count: int
+    layers: tuple[int, ...]
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor]:
+        row = self.layers.index(layer)
+        return self.mean[row], self.covariance[row]
+
+    def baseline(self, layer: int, readers: Tensor) -> Baseline:
+        """How these tokens project on ``readers`` [K, d]: what calibrating on them would give."""
+        mean, covariance = self.of(layer)
+        rows = readers.double()
+        std = ((rows @ covariance) * rows).sum(1).clamp_min(0).sqrt()
+        return Baseline((rows @ mean).float(), std.float(), self.count)
+
+
+def recipe_of(bank: Bank) -> Recipe | None:
+    """The recipe that a bank was made by; None if it does not say."""
+    said: Any = bank.meta.get("recipe")
+    known = {field.name for field in fields(Recipe)}
+    if not isinstance(said, Mapping) or not known & said.keys():
+        return None
+    return Recipe(**{name: value for name, value in said.items() if name in known})
+
+
+def derived(train: Texts, layer: int, concepts: int, recipe: Recipe, neutral: Tensor | None) -> Derived:
+    """Directions and readers of one layer, by the recipe that makes banks; ``neutral`` [d, d] is the covariance of neutral text."""
+    rows = train.at(layer)
+    member = torch.nn.functional.one_hot(train.labels, concepts).double()
+    return derive(recipe, member.T @ rows, member.sum(0), rows.T @ rows, neutral)
+
+
+def remade(
+    train: Texts, names: Sequence[str], layers: Sequence[int], recipe: Recipe, moments: Mapping[str, Moments], *, readers: bool = True
+) -> Bank:
+    """A bank made from ``train`` alone by ``recipe`` and calibrated as banks are; read at the last of ``layers``.
+
+    Args:
+        train: texts labelled by index into ``names``, with one of each concept at least.
+        names: the concepts.
+        layers: the layers to make.
+        recipe: what to do.
+        moments: of the kinds of position, and of ``neutral_tokens`` and ``neutral_dialogues``.
+        readers: False: read with the directions.
+    """
+    made = []
+    for layer in layers:
+        neutral = None if recipe.denoise is None else moments[f"neutral_{recipe.denoise}"].of(layer)[1]
+        found = derived(train, layer, len(names), recipe, neutral)
+        own = found.readers.float() if readers and found.readers is not None else None
+        directions = found.directions.float()
+        baselines = {kind: moments[kind].baseline(layer, directions if own is None else own) for kind in KINDS if kind in moments}
+        made.append(BankLayer(layer, tuple(names), directions, readers=own, grand_mean=found.grand_mean.float(), baselines=baselines))
+    return Bank(made, read_layer=layers[-1])

@@ -1,0 +1,27 @@
+"""The report's page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from emovec.evaluation import figures, verdict
+from emovec.evaluation.figures import Figure
+from emovec.evaluation.sections import Section
+from emovec.report import page
+
+
+def write(directory: Path, content: Mapping[str, Any], sections: Sequence[Section]) -> Path:
+    """Write report.html, and the figures as SVG and PNG."""
+    shown = [verdict.part(content["verdict"], quick=content["options"]["quick"])]
+    for part in sections:
+        for piece in part.parts(content["sections"][part.name]):
+            shown.append(figures.write(piece, directory / "figures") if isinstance(piece, Figure) else piece)
+    bank, sets = content["bank"], content["texts"]["sets"]
+    lede = (
+        f"A bank of {len(bank['concepts'])} emotion concepts for {content['model']['name'] or 'a model'}, read at layer "
+        f"{bank['read_layer']}, on trial. "
+        f"{sum(sets.values()):,} texts; every number is in report.json."
+    )
+    return page.write(directory / "report.html", "What these directions may be used for", shown, lede=lede)
