@@ -76,6 +76,14 @@ def test_a_model_against_itself_sets_off_nothing(pair: list[str]) -> None:
     assert said.stderr.count("silent") == len(everything)
 
 
+def test_an_empty_file_leaves_the_challenging_prompts_out(pair: list[str], tmp_path: Path) -> None:
+    (tmp_path / "challenging.jsonl").write_text("")
+    facts = json.loads(run(*pair, "--json").stdout)
+    assert facts["prompts"] == {"neutral": 9, "challenging": 0}
+    assert "challenging" not in facts["concepts"]["afraid"]
+    assert "Under strain" not in run(*pair, "--out", str(tmp_path)).stdout + (tmp_path / "index.html").read_text()
+
+
 def test_it_writes_a_page_a_figure_and_the_numbers(pair: list[str], tmp_path: Path) -> None:
     target = tmp_path / "new" / "report"
     run(*pair, "--out", str(target), "--alarm", "afraid>0.5", "--on", "answer", "--answers", "same", "--max-new-tokens", "3", code=3)
@@ -119,14 +127,32 @@ def test_wrong_alarms_are_explained_before_a_model_is_loaded(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("--on", "middle"), "turn_start, prompt, answer"),
+        (("--answers", "ours"), "own, same"),
+        (("--answers", "same"), "--on answer"),
+        (("--dtype", "int4"), "int4"),
+        (("--batch-size", "0"), "batch-size"),
+    ],
+)
+def test_wrong_usage_is_explained_before_a_model_is_loaded(
+    pair: list[str], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert said in run(*pair, *arguments, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
         (("--bank", "no-such-bank"), "no-such-bank"),
         (("--bank-b", "no-such-bank"), "no-such-bank"),
-        (("--on", "middle"), "turn_start"),
-        (("--answers", "same"), "on='answer'"),
         (("--prompts", "nowhere.jsonl"), "nowhere.jsonl"),
     ],
 )
-def test_mistakes_write_nothing(pair: list[str], tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+def test_mistakes_write_nothing(
+    pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=said):
         run(*pair, "--out", str(tmp_path / "out"), *arguments)
     assert not list(tmp_path.glob("out/*"))

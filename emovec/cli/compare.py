@@ -23,7 +23,9 @@ def compare(
     bank: Annotated[str | None, typer.Option("--bank", "-b", help="A's bank, which reads both. Default: the shipped one.")] = None,
     bank_b: Annotated[str | None, typer.Option(help="B's own bank, for models of another shape; each is read in its own units.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Ordinary prompts, JSON Lines of `content`. Default: emovec's own.")] = None,
-    challenging: Annotated[Path | None, typer.Option(help="Prompts that put a model under strain, likewise.")] = None,
+    challenging: Annotated[
+        Path | None, typer.Option(help="Prompts that put a model under strain, likewise; an empty file for none.")
+    ] = None,
     on: Annotated[str, typer.Option(help="`turn_start` (the last token before the answer), `prompt` or `answer`.")] = "turn_start",
     answers: Annotated[str, typer.Option(help="For `--on answer`: each model's `own`, or the `same`, A's, for both.")] = "own",
     max_new_tokens: Annotated[int, typer.Option(help="Of an answer.", min=1)] = 24,
@@ -51,18 +53,25 @@ def compare(
 
     Exit code 3 if an alarm fires.
     """
-    from emovec.comparison import Alarm, AlarmError
+    from emovec.comparison import ANSWERS, POSITIONS, Alarm, AlarmError
     from emovec.comparison import compare as compared
+    from emovec.extraction import corpus
     from emovec.models import load_model
 
-    name = bank or model_a
-    loaded = load_bank(name)  # what can be wrong without a model is told before one is loaded
+    # what can be wrong without a model is told before one is loaded
+    for option, value, known in (("--on", on, POSITIONS), ("--answers", answers, ANSWERS)):
+        if value not in known:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=option)
+    if answers != "own" and on != "answer":
+        raise typer.BadParameter(f"it says which answers are read; give --on answer, not {on}", param_hint="--answers")
+    loaded = load_bank(bank or model_a)
     other = None if bank_b is None else load_bank(bank_b)
     names = [concept for concept in loaded.names if other is None or concept in other.names]
     try:
         alarms = [Alarm.parse(text, names, loaded.families) for text in alarm or ()]
     except AlarmError as error:
         raise typer.BadParameter(str(error), param_hint="--alarm") from None
+    asked = [None if path is None else [turns[0] for turns in corpus.prompts(path)()] for path in (prompts, challenging)]
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
     kind = dtype_of(dtype)
@@ -78,8 +87,7 @@ def compare(
             tokenizer_b,
             loaded,
             other,
-            prompts,
-            challenging,
+            *asked,
             on=on,
             answers=answers,
             max_new_tokens=max_new_tokens,

@@ -24,10 +24,13 @@ from emovec.extraction import corpus
 from emovec.extraction.corpus import Source
 from emovec.fingerprint import differences, template_hash
 
-__all__ = ["AXES", "POSITIONS", "Alarm", "AlarmError", "Comparison", "Estimate", "Shift", "compare"]
+__all__ = ["ANSWERS", "AXES", "POSITIONS", "Alarm", "AlarmError", "Comparison", "Estimate", "Shift", "compare"]
 
 POSITIONS = ("turn_start", "prompt", "answer")
 """Where models can be compared; the first is the default."""
+
+ANSWERS = ("own", "same")
+"""Whose answers can be read, where they are not given."""
 
 FEWEST = 8
 """Prompts of a kind, below which an interval means nothing."""
@@ -154,8 +157,8 @@ def compare(
 def _check(on: str, answers: str | Sequence[str], max_new_tokens: int, batch_size: int, resamples: int, confidence: float) -> None:
     if on not in POSITIONS:
         raise ValueError(f"on must be one of {', '.join(POSITIONS)}, got {shown(on)}")
-    if isinstance(answers, str) and answers not in ("own", "same"):
-        raise ValueError(f"answers must be own, same or a text for each prompt, got {shown(answers)}")
+    if isinstance(answers, str) and answers not in ANSWERS:
+        raise ValueError(f"answers must be {', '.join(ANSWERS)} or a text for each prompt, got {shown(answers)}")
     if answers != "own" and on != "answer":
         raise ValueError(f"answers={shown(answers)} is about on='answer', but on is {on!r}")
     for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("batch_size", batch_size, 1), ("resamples", resamples, 100)):

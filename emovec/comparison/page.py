@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from emovec.comparison.alarm import Alarm
@@ -11,13 +11,14 @@ from emovec.comparison.result import Comparison
 from emovec.comparison.shifts import Estimate, Shift
 from emovec.report import colour
 from emovec.report.charts import bars
-from emovec.report.markup import Html, number, section, short, tag
+from emovec.report.markup import Html, section, short, tag
 from emovec.report.page import put, write
 from emovec.report.prose import text
 from emovec.report.tables import figures, table
 
 _WIDTH, _ROW, _HEAD, _FOOT = 760, 24, 46, 44
 _LEFT, _RIGHT = 150, 724
+_LETTERS = 20  # of a name
 _FONT = "-apple-system,'Segoe UI',Roboto,'Helvetica Neue','Noto Sans','Liberation Sans',Arial,sans-serif"
 _PLACES = {
     "turn_start": "at the last token before the answer",
@@ -36,19 +37,20 @@ def write_page(found: Comparison, path: str | os.PathLike[str], names: tuple[str
         alarms: those that were set.
     """
     a, b = names
-    tiles = [(number(shift.mean), shift.name, _interval(shift)) for shift in (*found.axes.values(), *found.up(1), *found.down(1))]
+    tiles = [(_signed(shift.mean), shift.name, _between(shift)) for shift in (*found.axes.values(), *found.up(1), *found.down(1))]
     sections = [
         figures(tiles),
-        section("Largest shifts", tag("div", drawing(found, embedded=True), class_="card"), note=_note(found)),
+        section("Largest shifts", tag("div", tag("div", drawing(found, embedded=True), class_="scroll"), class_="card"), note=_note(found)),
     ]
     if alarms:
         moved = [(alarm, found.shift(alarm.name)) for alarm in alarms]
-        lines = [[str(alarm), str(shift), "fires" if alarm.fires(shift) else "silent"] for alarm, shift in moved]
+        lines = [[str(alarm), _ends(shift), "fires" if alarm.fires(shift) else "silent"] for alarm, shift in moved]
         rule = "An alarm fires when the whole interval lies beyond its threshold."
         sections.append(table(["alarm", "shift", ""], lines, title="Alarms", note=rule))
     if found.families:
         unit = f"{found.facts.get('unit', 'score')}, mean over a family's members"
-        sections.append(bars({name: shift.mean for name, shift in found.families.items()}, title="Families", unit=unit))
+        ranked = sorted(found.families.values(), key=lambda shift: -shift.mean)
+        sections.append(bars({shift.name: shift.mean for shift in ranked}, title="Families", unit=unit))
     if any(found.challenging):
         named = {shift.name: shift for shift in (*found.up(8), *found.down(8)[::-1], *found.families.values(), *found.axes.values())}
         lines = [[name, *(_ends(part) for part in (shift.neutral, shift.challenging, shift.difference))] for name, shift in named.items()]
@@ -60,7 +62,8 @@ def write_page(found: Comparison, path: str | os.PathLike[str], names: tuple[str
     columns = ["concept", "shift", "low", "high", "p", "random directions as far"]
     sections.append(table(columns, rows, title="Every concept"))
     sections.append(text(*_explanations(found), title="How to read this"))
-    lede = f"How far {b} lies above {a}, {_PLACES.get(str(found.facts.get('on')), 'on the same prompts')}: {len(found.prompts)} prompts."
+    where = _PLACES.get(str(found.facts.get("on")), "on the same prompts")
+    lede = f"How much stronger each concept is in {b} than in {a}, {where}: {len(found.prompts)} prompts."
     return write(path, "Post-training shift", sections, lede=lede)
 
 
@@ -112,15 +115,16 @@ def drawing(found: Comparison, count: int = 10, *, embedded: bool) -> Html:
         role="img",
         font_family=None if embedded else _FONT,
         class_="shifts",
+        style="min-width:540px" if embedded else None,
     )
 
 
-def _bar(shift: Shift, y: float, at: object) -> list[Html]:
-    assert callable(at)
+def _bar(shift: Shift, y: float, at: Callable[[float], float]) -> list[Html]:
+    name = shift.name if len(shift.name) <= _LETTERS else f"{shift.name[: _LETTERS - 1]}\u2026"
     left, right = sorted((at(0.0), at(shift.mean)))
     low, high, thick = f"{at(shift.low):.1f}", f"{at(shift.high):.1f}", _ROW - 9
     return [
-        tag("text", shift.name, x=_LEFT - 12, y=f"{y:.1f}", dy="0.34em", class_="name"),
+        tag("text", name, x=_LEFT - 12, y=f"{y:.1f}", dy="0.34em", class_="name"),
         tag(
             "rect",
             tag("title", str(shift)),
@@ -159,12 +163,17 @@ def _colours(theme: dict[str, str]) -> str:
     )
 
 
-def _interval(shift: Shift) -> str:
-    return f"{number(shift.low)} to {number(shift.high)}"
+def _signed(value: float) -> str:
+    """To three decimals: a slope on valence is small."""
+    return f"{value:+.3f}".replace("-", "\u2212")
 
 
-def _ends(part: Estimate | None) -> str:
-    return "" if part is None else f"{part.mean:+.3f} ({part.low:+.3f} to {part.high:+.3f})".replace("-", "\u2212")
+def _between(part: Estimate | Shift) -> str:
+    return f"{_signed(part.low)} to {_signed(part.high)}"
+
+
+def _ends(part: Estimate | Shift | None) -> str:
+    return "" if part is None else f"{_signed(part.mean)} ({_between(part)})"
 
 
 def _share(shift: Shift) -> str:
@@ -173,7 +182,7 @@ def _share(shift: Shift) -> str:
 
 def _note(found: Comparison) -> str:
     return (
-        f"Shift from A to B in units of {found.facts.get('unit', 'the scores')}. Bars: means; whiskers: {found.confidence:.0%} intervals."
+        f"Shift from A to B, {found.facts.get('unit', 'in units of the scores')}. Bars: means; whiskers: {found.confidence:.0%} intervals."
     )
 
 
