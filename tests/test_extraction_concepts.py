@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,10 @@ def test_each_of_several_concepts_is_as_if_it_came_alone() -> None:
     torch.testing.assert_close(both[2].direction("sarcastic"), alone[2].direction("sarcastic"), rtol=0, atol=1e-6)
 
 
-def test_without_whitening_the_corpus_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = job(new(), stories=[{"emotion": "other", "text": "w1"}], whitened=False).run()
+def test_without_whitening_the_corpus_is_not_needed() -> None:
+    work = job(new(), stories=[{"emotion": "other", "text": "w1"}], whitened=False)
+    assert work.plan.corpus_tokens == 0
+    made = work.run()
     row = made.resolve("sarcastic")
     assert made[2].readers is not None
     assert torch.equal(made[2].readers[row], made[2].directions[row])
@@ -283,6 +286,16 @@ def test_the_command_adds_and_says_what_speaks_for_it(files: Path) -> None:
     assert "9 stories of 1 new concepts, 9 with a contrast of their own" in said
     assert f"held-out topics: {found['accuracy']:.2f} read higher than their contrast" in said
     assert f"nearest: {found['nearest'][0][0]} {found['nearest'][0][1]:+.2f}" in said
+
+
+def test_without_concepts_the_command_prints_its_plan_and_makes_a_bank(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emovec.extraction.Extraction.estimate", lambda self: 125.0)
+    given = [part for name in ("stories", "neutral", "ordinary") for part in (f"--{name}", str(files / f"{name}.jsonl"))]
+    out = files / "made.safetensors"
+    options = ["--skip", str(SKIP), "--shrinkage", "0.3", "--layers", "0,2", "--read-layer", "2"]
+    said = CliRunner().invoke(app.app, ["extract", "tiny", *given, *options, "--out", str(out)], env={"COLUMNS": "300"}).output
+    assert re.search(r"15 stories of 3 concepts, [\d,]+ tokens, 2 layers, 1 MB of weights, 0 MB of sums, about 2 min", said), said
+    assert list(load_bank(out).values()) == list(bank().values())
 
 
 def test_the_command_refuses_what_the_bank_says(files: Path) -> None:

@@ -97,11 +97,10 @@ class ConceptExtraction:
             raise CorpusError(f"{where}: no 'contrast', and the bank has no mean to compare the story with")
         tokens = sum(len(text.ids) for text in self._tokens())
         tokens += sum(len(text.ids) for text in (*self._texts.calibration(), *(self._texts.neutral() if self.recipe.denoise else ())))
-        over = 0
-        if self._of_corpus is not None:
-            over = self._of_corpus.plan.story_tokens + sum(len(text.ids) for text in self._topic_texts())
+        corpus_plan = self._of_corpus.plan if self._of_corpus is not None and self.whitened else None
+        over = (0 if corpus_plan is None else corpus_plan.story_tokens) + sum(len(text.ids) for text in self._topic_texts())
         self._sums = Differences(self._stories, names, bank.width, sorted({0, *bank.layers}), (0, bank.read_layer))
-        size = self._sums.bytes + (0 if self._of_corpus is None else self._of_corpus.plan.bytes)
+        size = self._sums.bytes + (0 if corpus_plan is None else corpus_plan.bytes)
         self.plan = ConceptPlan(names, len(self._stories), short, dict(Counter(kinds)), tokens + over, over, size)
         self.evidence: dict[str, Evidence] = {}
 
