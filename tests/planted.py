@@ -34,7 +34,7 @@ def draw(*shape: int, seed: int) -> Tensor:
 def directions(layer: int) -> Tensor:
     """[K, d]: concepts of a family are alike."""
     family = draw(len(FAMILIES), WIDTH, seed=100 + layer).repeat_interleave(3, 0)
-    rows = 0.5 * family + draw(len(NAMES), WIDTH, seed=200 + layer)
+    rows = 1.0 * family + draw(len(NAMES), WIDTH, seed=200 + layer)
     return rows / rows.norm(dim=1, keepdim=True)
 
 
@@ -65,7 +65,7 @@ def moments(seed: int) -> dict[str, Moments]:
 
 
 def dummy(name: str, count: int, pools: Sequence[str] = ("words",)) -> TextSet:
-    return TextSet(name, tuple(Tokens([1] * (5 + index % 3), [0] * (5 + index % 3)) for index in range(count)), tuple(pools))
+    return TextSet(name, tuple(Tokens([1] * (5 + index % 7), [0] * (5 + index % 7)) for index in range(count)), tuple(pools))
 
 
 def material(

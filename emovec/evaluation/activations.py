@@ -32,6 +32,10 @@ _MOMENTS = {  # what the tokens of a pool of a set are moments of
 }
 
 
+MOMENTS_OF = ("ordinary", "neutral")
+"""Sets of which the tokens' moments are kept, and not each text's means."""
+
+
 def means(
     blocks: Blocks, texts: Iterable[Tokens], pools: int = 1, *, batch_tokens: int = 2048, advance: Callable[[int], None] = lambda _: None
 ) -> Tensor:
@@ -95,8 +99,8 @@ class Activations:
 
     def moments(self, sets: Mapping[str, TextSet], about: Mapping[int, Tensor], progress: Progress) -> dict[str, Moments]:
         """The moments of ordinary and neutral tokens; ``about`` is near their mean, layer -> [d]."""
-        digest = hashlib.sha256("".join(sets[name].digest for name in ("ordinary", "neutral")).encode()).hexdigest()
-        tokens = sets["ordinary"].tokens + sets["neutral"].tokens
+        digest = hashlib.sha256("".join(sets[name].digest for name in MOMENTS_OF).encode()).hexdigest()
+        tokens = sum(sets[name].tokens for name in MOMENTS_OF)
         found = self._kept("moments", digest, lambda: self._moments(sets, about, progress), tokens, progress)
         return {
             name: Moments(found[f"{name}.mean"], found[f"{name}.covariance"], int(found[f"{name}.count"]), self.blocks.layers)
@@ -106,7 +110,7 @@ class Activations:
     def _moments(self, sets: Mapping[str, TextSet], about: Mapping[int, Tensor], progress: Progress) -> dict[str, Tensor]:
         about = {layer: mean.to(self.blocks.device) for layer, mean in about.items()}
         sums = {name: NeutralMoments(self.width, self.blocks.layers, about, dialogues=whole) for name, (_, _, whole) in _MOMENTS.items()}
-        for source in ("ordinary", "neutral"):
+        for source in MOMENTS_OF:
             mine = [name for name, (of, _, _) in _MOMENTS.items() if of == source]
 
             def see(layer: int, hidden: Tensor, mine: Sequence[str] = mine) -> None:

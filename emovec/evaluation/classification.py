@@ -155,13 +155,14 @@ class Trial:
             change: done to each register's training texts.
         """
         ranks, rows = [], []
+        here = {name: self.texts[name].only(layers) for name in {*case.made_from, case.tested}}
         for train, test in self.splits(case):
-            texts = [self.texts[name].where(chosen) for name, chosen in train.items()]
+            texts = [here[name].where(chosen) for name, chosen in train.items()]
             made_of, *more = texts if change is None else map(change, texts)
             for part in more:
                 made_of = made_of + part
             bank = remade(made_of, self.names, layers, recipe or self.recipe, self.material.moments, readers=readers)
-            ranks.append(all_ranks(scored(bank, self.texts[case.tested].where(test), centring)))
+            ranks.append(all_ranks(scored(bank, here[case.tested].where(test), centring)))
             rows.append(test.nonzero()[:, 0])
         return torch.cat(ranks), torch.cat(rows)
 

@@ -12,7 +12,7 @@ from typing import Any
 from emovec import extras
 from emovec.bank_file import replacing
 from emovec.report import colour
-from emovec.report.markup import Html, section, tag
+from emovec.report.markup import Html, escape, section, tag
 
 THEME = colour.THEMES["light"]
 SHADES = colour.scale("light")
@@ -81,7 +81,7 @@ def inline(svg: str, name: str, label: str) -> Html:
     body = re.sub(r'(href="|url\()#', rf"\1#{name}-", body)
     body = re.sub(r"font: [^;\"]*?(\d+\.?\d*)px[^;\"]*", r"font-size: \1px", body)
     body = re.sub(r"#[0-9a-f]{6}\b", lambda match: f"var(--{_VARIABLES[match[0]]})" if match[0] in _VARIABLES else match[0], body)
-    head = f'<svg role="img" aria-label="{label}" style="width:100%;height:auto;display:block;stroke-linejoin:round" '
+    head = f'<svg role="img" aria-label="{escape(label)}" style="width:100%;height:auto;display:block;stroke-linejoin:round" '
     return Html(re.sub(r'^<svg (?:height|width)="[^"]*"', "<svg", body, count=1).replace("<svg ", head, 1).rstrip())
 
 

@@ -15,7 +15,7 @@ from emovec.evaluation.geometry_page import parts
 from emovec.evaluation.labelled import derived
 from emovec.evaluation.material import Material
 from emovec.evaluation.reading import read_layers
-from emovec.evaluation.stats import adjusted_rand, against, correlation, kmeans, quantiles
+from emovec.evaluation.stats import adjusted_rand, against, correlation, distinct, kmeans, quantiles
 
 __all__ = ["parts", "result"]
 
@@ -118,7 +118,8 @@ def _clusters(material: Material, names: list[str], rows: Tensor, purpose: str) 
     family = family[kept]
     value = adjusted_rand(labels, family)
     drawn = torch.randint(len(family), (material.options.samples, len(family)), generator=generator)
-    low, high = quantiles(torch.tensor([adjusted_rand(labels[index], family[index]) for index in drawn]))
+    kept_once = [distinct(draw) for draw in drawn]  # a concept drawn twice is no pair that agrees
+    low, high = quantiles(torch.tensor([adjusted_rand(labels[index], family[index]) for index in kept_once]))
     null = [adjusted_rand(labels, family[torch.randperm(len(family), generator=generator)]) for _ in range(material.options.permutations)]
     return {
         "adjusted_rand": {"value": value, "low": low, "high": high, "n": len(family), "null": against(value, torch.tensor(null))},

@@ -38,6 +38,11 @@ class Texts:
     def by_layer(self, layers: Sequence[int]) -> dict[int, Tensor]:
         return {layer: self.at(layer) for layer in layers}
 
+    def only(self, layers: Sequence[int]) -> Texts:
+        """The same texts at some of the layers."""
+        columns = [self.layers.index(layer) if self.layers else layer for layer in layers]
+        return replace(self, means=self.means[:, columns], layers=tuple(layers))
+
     def where(self, chosen: Tensor) -> Texts:
         return replace(self, means=self.means[chosen], labels=self.labels[chosen], topics=self.topics[chosen])
 

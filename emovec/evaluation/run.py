@@ -21,7 +21,7 @@ from emovec import extras
 from emovec.bank import Bank, BankError, fingerprint
 from emovec.bank_file import replacing
 from emovec.evaluation import texts
-from emovec.evaluation.activations import Activations
+from emovec.evaluation.activations import MOMENTS_OF, Activations
 from emovec.evaluation.labelled import recipe_of
 from emovec.evaluation.material import Material, Options
 from emovec.evaluation.page import write as write_page
@@ -116,14 +116,13 @@ def evaluate(
         "emovec": metadata.version("emovec"),
     }
     states = {part.name: State(directory / "state", part, belongs_to) for part in picked}
-    total = sum(part.tokens for part in corpus.sets.values()) + sum(corpus.sets[name].tokens for name in ("ordinary", "neutral"))
-    total += sum(part.cost for part in picked)
+    total = sum(part.tokens for part in corpus.sets.values()) + sum(part.cost for part in picked)
     results: dict[str, Any] = {}
     with Progress(total, "evaluating", visible=progress) as bar:
         activations = Activations(
             blocks, residual_width(model), directory / "state", side, batch_tokens or BATCH_TOKENS.get(blocks.device.type, 2048)
         )
-        means = {name: activations.means(part, bar) for name, part in corpus.sets.items()}
+        means = {name: activations.means(part, bar) for name, part in corpus.sets.items() if name not in MOMENTS_OF}
         first = means[next(iter(corpus.labels))][:, 0].double().mean(0)
         moments = activations.moments(corpus.sets, dict(zip(blocks.layers, first, strict=True)), bar)
         meter = Meter(bar)
@@ -212,9 +211,9 @@ def bank_digest(bank: Bank) -> str:
     for layer in bank.values():
         for name in ("directions", "readers", "raw_norm", "grand_mean"):
             if (tensor := getattr(layer, name)) is not None:
-                tensors[f"{layer.index}.{name}"] = tensor.contiguous()
+                tensors[f"{layer.index}.{name}"] = tensor.clone()
         for kind, baseline in layer.baselines.items():
-            tensors |= {f"{layer.index}.{kind}.mean": baseline.mean.contiguous(), f"{layer.index}.{kind}.std": baseline.std.contiguous()}
+            tensors |= {f"{layer.index}.{kind}.mean": baseline.mean.clone(), f"{layer.index}.{kind}.std": baseline.std.clone()}
         facts.append([layer.index, layer.residual_norm])
     header = [bank.names, bank.read_layer, bank.steer_layers, bank.families, bank.meta, facts]
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode() + safetensors.torch.save(tensors)).hexdigest()
