@@ -21,11 +21,13 @@ import provenance
 import torch
 from torch import Tensor
 
+from emovec.evaluation.activations import means
+from emovec.evaluation.labelled import Texts, derived, within_topics
 from emovec.extraction import corpus
 from emovec.extraction.blocks import Blocks
-from emovec.extraction.recipe import Derived, Recipe, derive
-from emovec.extraction.sums import NeutralMoments, story_means
-from emovec.extraction.tokens import Batch, Tokens, batches, dialogue_tokens, story_tokens
+from emovec.extraction.recipe import Derived, Recipe
+from emovec.extraction.sums import NeutralMoments
+from emovec.extraction.tokens import batches, dialogue_tokens, story_tokens
 from emovec.models import load_model, residual_width
 
 PAGE = pages.DOCS / "extraction.md"
@@ -33,31 +35,6 @@ MODEL = "smollm2-135m-instruct"
 RECIPE = Recipe(skip_share=0.33)  # that of the shipped bank
 SHOWN = (0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 29)  # layers in the page's table; all are in the results
 PERCENT = ("top1", "top5", "family")
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Stories or messages by their activations.
-
-    Attributes:
-        means: [N, L, d] in fp32, the mean over each text's used tokens.
-        labels: [N], its concept.
-        topics: [N], its topic's index.
-    """
-
-    means: Tensor
-    labels: Tensor
-    topics: Tensor
-
-    def where(self, chosen: Tensor) -> Texts:
-        return Texts(self.means[chosen], self.labels[chosen], self.topics[chosen])
-
-    def among(self, topics: Sequence[int]) -> Tensor:
-        return torch.isin(self.topics, torch.tensor(topics))
-
-    def __add__(self, other: Texts) -> Texts:
-        pairs = [(getattr(self, name), getattr(other, name)) for name in ("means", "labels", "topics")]
-        return Texts(*(torch.cat(pair) for pair in pairs))
 
 
 @dataclass(frozen=True)
@@ -94,27 +71,9 @@ def study(device: str | None) -> Study:
 def texts(blocks: Blocks, tokenizer: Any, file: str, *, chat: bool) -> Texts:
     found = list(corpus.stories(corpus.shipped(file))())
     names, topics = corpus.emotions(), sorted({story.topic for story in found})
-    tokens = [
-        story_tokens(tokenizer, story.text, skip=RECIPE.skip, share=RECIPE.skip_share, chat=chat, label=number)
-        for number, story in enumerate(found)
-    ]
+    tokens = [story_tokens(tokenizer, story.text, skip=RECIPE.skip, share=RECIPE.skip_share, chat=chat) for story in found]
     labels = torch.tensor([names.index(story.emotion) for story in found])
-    return Texts(means(blocks, tokens), labels, torch.tensor([topics.index(story.topic) for story in found]))
-
-
-def means(blocks: Blocks, tokens: Iterable[Tokens]) -> Tensor:
-    """[N, L, d]; each text's label is its row."""
-    rows: list[tuple[Tensor, Tensor]] = []
-    seen: list[Tensor] = []
-    current: list[Batch] = []
-    with blocks.shown_to(lambda layer, hidden: seen.append(story_means(hidden, current[0]).float().cpu())):
-        for batch in batches(tokens, 2048):
-            current[:] = [batch.to(blocks.device)]
-            blocks.run(batch)
-            rows.append((batch.labels, torch.stack(seen, 1)))
-            seen.clear()
-    labels, found = (torch.cat(parts) for parts in zip(*rows, strict=True))
-    return found[labels.argsort()]
+    return Texts(means(blocks, tokens)[:, 0], labels, torch.tensor([topics.index(story.topic) for story in found]))
 
 
 # --- figures --------------------------------------------------------------------------------------------------------------
@@ -122,9 +81,7 @@ def means(blocks: Blocks, tokens: Iterable[Tokens]) -> Tensor:
 
 def made_from(train: Texts, layer: int, neutral: Tensor, recipe: Recipe = RECIPE) -> Derived:
     """Directions and readers of one layer, by the recipe that makes banks."""
-    rows = train.means[:, layer].double()
-    member = torch.nn.functional.one_hot(train.labels, len(corpus.emotions())).double()
-    return derive(recipe, member.T @ rows, member.sum(0), rows.T @ rows, neutral[layer])
+    return derived(train, layer, len(corpus.emotions()), recipe, neutral[layer])
 
 
 def accuracy(onto: Tensor, test: Texts, layer: int, about: Tensor | None = None) -> Tensor:
@@ -153,10 +110,10 @@ def folds(data: Study) -> list[tuple[Tensor, Tensor]]:
     return [(data.stories.among([2 * fold, 2 * fold + 1]), data.messages.among([fold])) for fold in range(5)]
 
 
-def both(derived: Derived, test: Texts, layer: int, *, centred: bool = True) -> dict[str, Tensor]:
-    assert derived.readers is not None
-    about = None if centred else derived.grand_mean
-    return {which: accuracy(getattr(derived, which), test, layer, about) for which in ("directions", "readers")}
+def both(made: Derived, test: Texts, layer: int, *, centred: bool = True) -> dict[str, Tensor]:
+    assert made.readers is not None
+    about = None if centred else made.grand_mean
+    return {which: accuracy(getattr(made, which), test, layer, about) for which in ("directions", "readers")}
 
 
 def summary(found: Sequence[Tensor]) -> dict[str, Any]:
@@ -184,20 +141,11 @@ def heldout(
         train = parts[made_of[0]]
         for name in made_of[1:]:
             train = train + parts[name]
-        derived = made_from(train, layer, data.neutral, recipe)
+        made = made_from(train, layer, data.neutral, recipe)
         for name, test in (("stories", data.stories.where(stories)), ("messages", data.turns.where(messages))):
-            for which, value in both(derived, test, layer, centred=centred).items():
+            for which, value in both(made, test, layer, centred=centred).items():
                 found.setdefault(name, {}).setdefault(which, []).append(value)
     return {name: {which: summary(values) for which, values in kinds.items()} for name, kinds in found.items()}
-
-
-def within_topics(train: Texts, seed: int) -> Texts:
-    """The same texts, labels shuffled within each topic."""
-    generator, labels = torch.Generator().manual_seed(seed), train.labels.clone()
-    for topic in train.topics.unique():
-        here = (train.topics == topic).nonzero()[:, 0]
-        labels[here] = labels[here[torch.randperm(len(here), generator=generator)]]
-    return replace(train, labels=labels)
 
 
 def learning(data: Study, layer: int) -> list[dict[str, Any]]:
@@ -205,8 +153,8 @@ def learning(data: Study, layer: int) -> list[dict[str, Any]]:
     test = data.stories.where(data.stories.among([8, 9]))
     rows = []
     for count in (2, 4, 6, 8):
-        derived = made_from(data.stories.where(data.stories.among(list(range(count)))), layer, data.neutral)
-        rows.append({"topics": count} | {which: summary([value]) for which, value in both(derived, test, layer).items()})
+        made = made_from(data.stories.where(data.stories.among(list(range(count)))), layer, data.neutral)
+        rows.append({"topics": count} | {which: summary([value]) for which, value in both(made, test, layer).items()})
     return rows
 
 
