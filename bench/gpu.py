@@ -3,8 +3,9 @@
 ``small`` runs every kernel once on small calls and compares with the reference; compute-sanitizer is run over it.
 ``profile`` runs every kernel of ours once or twice on calls of full size; ncu is run over it.
 ``time`` measures two ceilings (a copy, a matrix product), then prefill and decode calls, each as replays of a CUDA graph of
-many calls over rotated buffers, variants interleaved, medians. A floor is bytes over the measured copy rate, or operations over
-the measured product rate, whichever is longer. Before a variant is timed its result is compared with fp64.
+many calls over rotated buffers (or with a warm bank, or between the norms of a model), variants interleaved, medians. A floor is
+bytes over the measured copy rate, or operations over the measured product rate, whichever is longer. Before a variant is timed
+its result is compared with fp64.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ DTYPE = torch.bfloat16
 # (name, tokens, width, calls a graph, sets of buffers). Prefill calls are larger than the L2 cache by themselves.
 PREFILL = [(f"prefill {width}", 16384, width, 6, 2) for width in (4096, 8192)]
 DECODE = [(f"decode {tokens}", tokens, 4096, 240, 80) for tokens in (1, 2, 4, 8, 16, 32, 64)]
+# The same buffers again and again, so that the bank is in the L2 cache; and calls between two RMSNorms, as in a model, where "none"
+# is the norms alone.
+HOT = [(f"hot {tokens}", tokens, 4096, 240, 1) for tokens in (1, 64)]
+CHAIN = [(f"chain {tokens}", tokens, 4096, 80, 80) for tokens in (1, 64)]
 # Where one kernel takes over from another.
 MIDDLE = [(f"middle {tokens}", tokens, 4096, 24, 12) for tokens in (128, 256, 512, 1024, 2048, 4096)]
 
@@ -156,6 +161,17 @@ def error(b: Buffers, before: Tensor, work: str) -> float:
     return worst if math.isfinite(worst) else math.inf
 
 
+def in_chain(run: Callable[[Buffers, str], None]) -> Callable[[Buffers, str], None]:
+    """A call between two norms of the stream."""
+
+    def chain(b: Buffers, work: str) -> None:
+        torch.nn.functional.rms_norm(b.x, b.x.shape[1:])
+        run(b, work)
+        torch.nn.functional.rms_norm(b.x, b.x.shape[1:])
+
+    return chain
+
+
 # --- timing --------------------------------------------------------------------------------------------------------------
 
 
@@ -234,7 +250,11 @@ def measure(
     buffers = [first] + [copy_of(first) for _ in range(sets - 1)]
     before = first.x.clone()
     graphs, failed, errors = {}, {}, {}
-    for variant, run in variants(compiled).items():
+    runs = variants(compiled)
+    if name.startswith("chain"):
+        graphs["none"] = (graph_of(lambda: [in_chain(lambda *_: None)(buffers[i % sets], work) for i in range(calls)]), calls)
+        runs = {variant: in_chain(run) for variant, run in runs.items()}
+    for variant, run in runs.items():
         try:
             first.x.copy_(before)
             first.scores.fill_(math.nan)
@@ -267,6 +287,8 @@ def cases() -> Iterator[tuple[tuple[str, int, int, int, int], str]]:
     for shape in DECODE:
         for work in ("read", "add", "rules") if shape[1] in (1, 8, 64) else ("add",):
             yield shape, work
+    for shape in (*HOT, *CHAIN):
+        yield shape, "add"
     for shape in MIDDLE:
         for work in ("read", "add", "rules"):
             yield shape, work

@@ -21,6 +21,7 @@ const std::map<std::string, int32_t>& kernels() {
       {"cuda_portable", EV_CUDA_PORTABLE},
       {"cuda_decode_sm90", EV_CUDA_DECODE_SM90},
       {"cuda_sliced", EV_CUDA_SLICED},
+      {"cuda_decode_sm90_pdl", EV_CUDA_DECODE_SM90_PDL},
       {"cuda_stream_sm90", EV_CUDA_STREAM_SM90},
       {"cuda_stream_sm90_by_2", EV_CUDA_STREAM_SM90_BY_2},
       {"cuda_stream_sm90_by_4", EV_CUDA_STREAM_SM90_BY_4},

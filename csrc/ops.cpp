@@ -195,7 +195,7 @@ ev_args checked(const Tensor& x, const Tensor& readers, const Tensor& directions
 }
 
 int32_t kernel_of(int64_t form) {
-  STD_TORCH_CHECK(form >= EV_AUTO && form <= EV_CUDA_SLICED, "emovec: there is no form ", form);
+  STD_TORCH_CHECK(form >= EV_AUTO && form <= EV_CUDA_DECODE_SM90_PDL, "emovec: there is no form ", form);
   return static_cast<int32_t>(form);
 }
 

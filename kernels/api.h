@@ -55,6 +55,7 @@ enum ev_kernel : int32_t {
   EV_CUDA_STREAM_SM90_BY_4 = 20,
   EV_CUDA_STREAM_SM90_BY_8 = 21,
   EV_CUDA_SLICED = 22,
+  EV_CUDA_DECODE_SM90_PDL = 23,  // started before the kernel in front of it is through; only when asked for
 };
 enum : int32_t { EV_NO_KERNEL = -1 };
 

@@ -42,7 +42,7 @@ def forms(case: Case) -> list[str]:
     slices = any(width % (16 * blocks) == 0 and width // blocks >= 128 for blocks in (4, 8, 16))
     narrow = case.x.dtype != torch.float32 and concepts <= 256
     if "cuda_decode_sm90" in FORMS and torch.cuda.get_device_capability()[0] in (9, 10) and slices and narrow and tokens <= 2500:
-        runs.append("cuda_decode_sm90")
+        runs += ["cuda_decode_sm90", "cuda_decode_sm90_pdl"]
     if "cuda_stream_sm90" in FORMS and torch.cuda.get_device_capability() == (9, 0) and streams(case):
         runs.append("cuda_stream_sm90")
     return runs
@@ -152,6 +152,38 @@ def test_a_decoded_token_does_not_depend_on_the_batch(dtype: torch.dtype) -> Non
     assert same_bits(part.x, whole.x)
     assert same_bits(part.scores, whole.scores)
     assert same_bits(part.sqnorm, whole.sqnorm)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_calls_that_start_early_wait_for_what_they_read(captured: bool) -> None:
+    """Each adds to what the one before it wrote; torch's kernels come between some of them."""
+    both = ("cuda_decode_sm90", "cuda_decode_sm90_pdl")
+    cases = {form: make(40, 4096, 171, torch.bfloat16, seed=5, rules=3, device="cuda") for form in both}
+    if both[1] not in forms(cases[both[1]]):
+        pytest.skip("no decode kernel for this GPU")
+    for form, case in cases.items():
+
+        def calls(case: Case = case, form: str = form) -> None:
+            for step in range(60):
+                case.run(FORMS[form])
+                if step % 7 == 0:
+                    case.x.mul_(1.25)
+                if step % 11 == 0:
+                    case.row.copy_(case.row.roll(1))
+
+        start, row = case.x.clone(), case.row.clone()
+        calls()
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                calls()
+            case.x.copy_(start)
+            case.row.copy_(row)
+            graph.replay()
+    one, other = cases.values()
+    assert same_bits(one.x, other.x)
+    assert same_bits(one.scores, other.scores)
+    assert same_bits(one.sqnorm, other.sqnorm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -54,7 +54,7 @@ ev_cuda_plan fastest(const ev_args& a, const ev::Device& device) {
 }
 
 ev_cuda_plan plan_of(const ev_args& a, int32_t kernel, const ev::Device& device) {
-  if (kernel != EV_AUTO && (kernel < EV_CUDA_PORTABLE || kernel > EV_CUDA_SLICED)) return {EV_NO_KERNEL};
+  if (kernel != EV_AUTO && (kernel < EV_CUDA_PORTABLE || kernel > EV_CUDA_DECODE_SM90_PDL)) return {EV_NO_KERNEL};
   const bool writes = a.table.delta || a.scores || a.sqnorm;
   if (a.n == 0 || !writes) return {kernel};
   switch (kernel) {
@@ -62,6 +62,7 @@ ev_cuda_plan plan_of(const ev_args& a, int32_t kernel, const ev::Device& device)
     case EV_CUDA_PORTABLE: return ev::plan_portable(a, device);
     case EV_CUDA_SLICED: return ev::plan_sliced(a, device);
     case EV_CUDA_DECODE_SM90: return ev::plan_decode_sm90(a, device);
+    case EV_CUDA_DECODE_SM90_PDL: return ev::plan_decode_sm90(a, device, true);
     default: return ev::plan_stream_sm90(a, device, kernel - EV_CUDA_STREAM_SM90);
   }
 }
@@ -78,7 +79,8 @@ extern "C" int ev_cuda_apply(const ev_args* args, const ev_cuda_device* device, 
   switch (plan->kernel) {
     case EV_CUDA_PORTABLE: return ev::apply_portable(*args, *device, on);
     case EV_CUDA_SLICED: return ev::apply_sliced(*args, *device, on);
-    case EV_CUDA_DECODE_SM90: return ev::apply_decode_sm90(*args, *device, on);
+    case EV_CUDA_DECODE_SM90: return ev::apply_decode_sm90(*args, *device, false, on);
+    case EV_CUDA_DECODE_SM90_PDL: return ev::apply_decode_sm90(*args, *device, true, on);
     default: return ev::apply_stream_sm90(*args, *device, plan->kernel - EV_CUDA_STREAM_SM90, on);
   }
 }

@@ -71,6 +71,16 @@ __device__ __forceinline__ float4 load_four_from(const float* shared, int rank) 
   return v;
 }
 
+// Programmatic dependent launch, both nothing in an ordinary one: the stream's next kernel may start if it was launched so; and
+// the kernels before this one are through, and what they wrote is seen by this thread.
+__device__ __forceinline__ void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void after_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 #endif
+
+__device__ __forceinline__ void prefetch_floats(const float* global, int64_t count) {
+#pragma unroll 1
+  for (int64_t i = 0; i < count; i += 32) prefetch(global + i);
+}
 
 }  // namespace ev

@@ -26,6 +26,7 @@ struct DecodeLayout {
   int pitch;                   // of `partial` in floats: the concepts, then the squared norm
   int ring, tokens, residual, partial, wanted, coefficients;  // byte offsets
   int bytes;
+  bool early;  // started while the kernels before it run
 };
 
 // Lays out `slots` chunks a warp and says whether they fit.

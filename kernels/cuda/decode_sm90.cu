@@ -72,16 +72,20 @@ class Decode {
         coefficients(reinterpret_cast<float*>(shared + layout.coefficients)) {}
 
   __device__ __forceinline__ void run() {
+    if (layout.early) start_next_kernel();
     if (warp < reader_warps) {
-      start_ring();
+      start_ring();  // readers never change, so they are fetched while earlier kernels run
+      after_earlier_kernels();
       __syncthreads();
+      const float2 scale = scale_of(first_unit());
       wait(tokens_landed, 0);
       project();
       cluster_arrive();
       cluster_wait();
-      write_outputs();
+      write_outputs(scale);
       cluster_arrive_relaxed();
     } else {
+      after_earlier_kernels();
       if (warp == reader_warps) bring_tokens();
       __syncthreads();
       const Steering own = look_up();
@@ -172,16 +176,25 @@ class Decode {
     }
   }
 
-  // 32 values at a time, dealt out to the blocks and their warps.
-  __device__ __forceinline__ void write_outputs() const {
+  // 32 values, scores of a token and its squared norm, are a unit. Units are dealt out to the blocks and their warps.
+  __device__ __forceinline__ int first_unit() const { return warp * layout.ranks + rank; }
+
+  // The mean and 1 / deviation of the lane's value, if it is a score.
+  __device__ __forceinline__ float2 scale_of(int unit) const {
+    const int k = (unit * 32 + lane) % layout.pitch;
+    return k < a.k && a.scores ? float2{a.mean[k], a.inv_std[k]} : float2{0.f, 1.f};
+  }
+
+  // `scale` is that of the first unit, and mostly there is no other.
+  __device__ __forceinline__ void write_outputs(float2 scale) const {
 #pragma unroll 1
-    for (int unit = warp * layout.ranks + rank; unit * 32 < count * layout.pitch; unit += reader_warps * layout.ranks) {
+    for (int unit = first_unit(); unit * 32 < count * layout.pitch; unit += reader_warps * layout.ranks) {
+      if (unit != first_unit()) scale = scale_of(unit);
       const int value = unit * 32 + lane, t = value / layout.pitch, k = value % layout.pitch;
       const bool is_score = k < a.k && a.scores, is_square = k == a.k_padded && a.sqnorm;
       if (t >= count || !(is_score || is_square)) continue;
-      const float mean = is_score ? a.mean[k] : 0.f, inv_std = is_score ? a.inv_std[k] : 1.f;
       const float sum = Projections{partial + t * layout.pitch, layout.ranks}[k];
-      if (is_score) a.scores[(first + t) * a.scores_stride + k] = ev_score(sum, mean, inv_std);
+      if (is_score) a.scores[(first + t) * a.scores_stride + k] = ev_score(sum, scale.x, scale.y);
       else a.sqnorm[first + t] = sum;
     }
   }
@@ -315,19 +328,20 @@ int64_t clusters_of(const ev_args& a) { return (a.n + kTokens - 1) / kTokens; }
 template <class T>
 cudaError_t apply(const ev_args& a, const DecodeLayout& layout, cudaStream_t stream) {
   const int threads = (static_cast<int>(a.k_padded) / kReaderRows + kTokenWarps) * 32;
-  return launch(decode<T>, dim3(static_cast<unsigned>(clusters_of(a) * layout.ranks)), threads, layout.bytes, stream, layout.ranks, a, layout);
+  return launch(decode<T>, dim3(static_cast<unsigned>(clusters_of(a) * layout.ranks)), threads, layout.bytes, stream, layout.ranks, layout.early, a, layout);
 }
 
 }  // namespace
 
-ev_cuda_plan plan_decode_sm90(const ev_args& a, const Device& device) {
+ev_cuda_plan plan_decode_sm90(const ev_args& a, const Device& device, bool early) {
   const DecodeLayout layout = layout_for(a, device);
   if (layout.ranks == 0) return {EV_NO_KERNEL};
-  return {EV_CUDA_DECODE_SM90, kTokens, clusters_of(a) * layout.ranks, 1, 0, 1, a.table.delta ? 1 : 0};
+  return {early ? EV_CUDA_DECODE_SM90_PDL : EV_CUDA_DECODE_SM90, kTokens, clusters_of(a) * layout.ranks, 1, 0, 1, a.table.delta ? 1 : 0};
 }
 
-cudaError_t apply_decode_sm90(const ev_args& a, const Device& device, cudaStream_t stream) {
-  const DecodeLayout layout = layout_for(a, device);
+cudaError_t apply_decode_sm90(const ev_args& a, const Device& device, bool early, cudaStream_t stream) {
+  DecodeLayout layout = layout_for(a, device);
+  layout.early = early;
   return a.dtype == EV_BF16 ? apply<__nv_bfloat16>(a, layout, stream) : apply<__half>(a, layout, stream);
 }
 
@@ -336,9 +350,9 @@ int decode_sm90_cluster(int shared_bytes) {
   auto* kernel = decode<__nv_bfloat16>;
   for (int ranks = kLargestCluster; ranks >= kSmallestCluster; ranks /= 2) {
     cudaLaunchConfig_t config;
-    cudaLaunchAttribute attribute;
+    cudaLaunchAttribute attributes[2];
     int clusters = 0;
-    if (prepare(config, attribute, kernel, dim3(ranks), kThreads, shared_bytes, nullptr, ranks) == cudaSuccess &&
+    if (prepare(config, attributes, kernel, dim3(ranks), kThreads, shared_bytes, nullptr, ranks) == cudaSuccess &&
         cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0)
       return ranks;
   }

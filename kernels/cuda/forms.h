@@ -17,8 +17,9 @@ bool slicing_pays(const ev_args& a, const Device& device);
 ev_cuda_plan plan_sliced(const ev_args& a, const Device& device);
 cudaError_t apply_sliced(const ev_args& a, const Device& device, cudaStream_t stream);
 
-ev_cuda_plan plan_decode_sm90(const ev_args& a, const Device& device);
-cudaError_t apply_decode_sm90(const ev_args& a, const Device& device, cudaStream_t stream);
+// With `early` it is launched by programmatic dependent launch.
+ev_cuda_plan plan_decode_sm90(const ev_args& a, const Device& device, bool early = false);
+cudaError_t apply_decode_sm90(const ev_args& a, const Device& device, bool early, cudaStream_t stream);
 int decode_sm90_cluster(int shared_bytes);  // for Device; asks the current device, which must be of sm_90 or sm_100
 
 // 1 << `log_ranks` blocks share a tile of tokens.

@@ -163,7 +163,7 @@ int64_t tiles_of(const ev_args& a) {
 template <class T, int MW, int MT, bool SLICED>
 cudaError_t launch_tile(const ev_args& a, const Layout& layout, cudaStream_t stream) {
   const dim3 blocks(static_cast<unsigned>(tiles_of<T, MW, MT>(a)), SLICED ? static_cast<unsigned>(slices_of(a)) : 1);
-  return launch(portable<T, MW, MT, SLICED>, blocks, kThreads, layout.bytes, stream, 1, a, layout);
+  return launch(portable<T, MW, MT, SLICED>, blocks, kThreads, layout.bytes, stream, 1, false, a, layout);
 }
 
 template <class T, int MW, int MT, bool SLICED>
@@ -211,7 +211,7 @@ ev_cuda_plan plan(const ev_args& a, const Choice& choice) {
 template <class T>
 cudaError_t launch_finish(const ev_args& a, cudaStream_t stream) {
   const dim3 blocks(static_cast<unsigned>((a.n + kFinishTokens - 1) / kFinishTokens));
-  return launch(finish<T>, blocks, kFinishThreads, kFinishTokens * pitch_of(a) * 4, stream, 1, a, slices_of(a), pitch_of(a));
+  return launch(finish<T>, blocks, kFinishThreads, kFinishTokens * pitch_of(a) * 4, stream, 1, false, a, slices_of(a), pitch_of(a));
 }
 
 }  // namespace

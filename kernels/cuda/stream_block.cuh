@@ -86,8 +86,9 @@ class StreamBlock {
     EV_DYNAMIC_SHARED(memory, 1024);  // as boxes need it; nothing lies before it
     return memory;
   }
-  static __device__ __forceinline__ Rings& rings() { return reinterpret_cast<Fixed*>(shared() + kTokenRing)->rings; }
-  static __device__ __forceinline__ Tokens<kTokens>& tokens() { return reinterpret_cast<Fixed*>(shared() + kTokenRing)->tokens; }
+  static __device__ __forceinline__ Fixed& fixed() { return *reinterpret_cast<Fixed*>(shared() + kTokenRing); }
+  static __device__ __forceinline__ Rings& rings() { return fixed().rings; }
+  static __device__ __forceinline__ Tokens<kTokens>& tokens() { return fixed().tokens; }
   static __device__ __forceinline__ float* projections() { return reinterpret_cast<float*>(shared()); }
   static __device__ __forceinline__ float* squares() { return reinterpret_cast<float*>(shared() + kSquares); }
   __device__ __forceinline__ float* coefficients() const { return reinterpret_cast<float*>(shared() + cut.coefficients); }  // [kTokens, rules]
@@ -113,6 +114,7 @@ class StreamBlock {
     if (projects()) {
       if (threadIdx.x == 0) bring_tokens(matrices, a.residual, shared(), rings().tokens[0], cut.token_stages, row, column, steps());
       if (threadIdx.x == 32) bring_readers(matrices, shared() + kReaderRing, rings().readers, cut.reader_stages, column, steps());
+      if (threadIdx.x >= kGroup / 2) bring_scales(threadIdx.x - kGroup / 2);
       __syncwarp();
       __syncthreads();
       meet();
@@ -124,6 +126,15 @@ class StreamBlock {
     }
     if (again() && threadIdx.x == 0) bring_tokens(matrices, false, shared(), rings().tokens[1], cut.token_stages, row, column, steps());
     __syncwarp();
+  }
+
+  // By half a warpgroup: the scores' means and deviations, for which everybody would wait at the end.
+  __device__ __forceinline__ void bring_scales(unsigned thread) const {
+#pragma unroll 1
+    for (int k = static_cast<int>(thread); k < a.k; k += kGroup / 2) {
+      fixed().mean[k] = a.mean[k];
+      fixed().inv_std[k] = a.inv_std[k];
+    }
   }
 
   // Whether there is a second pass: for the tokens that waited, or where nothing is projected, for those that only add.

@@ -35,6 +35,7 @@ struct Rings {
 struct Fixed {
   Rings rings;
   Tokens<kTokens> tokens;
+  float mean[kProductConcepts], inv_std[kProductConcepts];
 };
 enum : int { kReaderRing = kTokenRing + (static_cast<int>(sizeof(Fixed)) + 1023) / 1024 * 1024 };  // byte offset
 

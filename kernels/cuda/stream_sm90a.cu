@@ -22,7 +22,7 @@
 #include "forms.h"
 #include "launch.cuh"
 #include "steering.cuh"
-#include "stream_block.cuh"
+#include "stream_pass.cuh"
 
 namespace ev {
 namespace {
@@ -31,25 +31,22 @@ enum : int {
   kGroupTokens = 64,  // of a products warpgroup
   kWarpTokens = 16,   // of a products warp
   kPartSteps = 4,     // steps whose products are summed by the tensor cores
-  kLanes = 8,         // that share a token's 128 bytes, so that a warp reads and writes whole lines
-  kApart = 32 / kLanes,  // a warp has so many tokens at a time, so a lane's are so far apart
-  kFewRules = 4,      // whose directions it has in flight
   // Registers of a thread; the four warpgroups have 512 between them.
   kBringerRegisters = 24,
   kStreamerRegisters = 104,
   kProductRegisters = 192,
 };
 
-// Tokens of a lane in a pass.
-template <bool FIRST>
-constexpr int kRounds = kTokens * kLanes / 32 / (FIRST ? kStreamers : kProducts);
-
 template <class T>
-class Stream : StreamBlock {
+class Stream : StreamPass {
  public:
-  using StreamBlock::StreamBlock;
+  using StreamPass::StreamPass;
 
   __device__ __forceinline__ void run() {
+    if (threadIdx.x == 32) {
+      prefetch_matrix(matrices.x);
+      prefetch_matrix(matrices.readers);
+    }
     if (threadIdx.x == 0) {
       start_ring(rings().tokens[0], kStreamers + kProducts);
       start_ring(rings().tokens[1], kProducts);
@@ -91,103 +88,19 @@ class Stream : StreamBlock {
   }
 
  private:
-  using V = Vector<T>;
-
-  // --- streaming ------------------------------------------------------------------------------------------------------
-
-  // The first pass is by streamers, the second by products. A lane has a vector of kRounds tokens of every stage, the first of
-  // them `token`, the others kApart apart.
-  template <bool FIRST>
-  __device__ __forceinline__ int token() const {
-    return (threadIdx.x / 32 - (FIRST ? 1 : 2) * kGroup / 32) * kRounds<FIRST> * kApart + lane() / kLanes;
-  }
-
-  // x + delta back to x for tokens with a row in `rows`; in the first pass squares, in the second what the rules add.
-  template <bool FIRST, bool RESIDUAL, bool ADDS>
-  __device__ __forceinline__ void stream(const int32_t* rows, int rules, float (&square)[kRounds<FIRST>]) const {
-    constexpr int few = RESIDUAL ? 2 : 4;  // tokens at a time
-    const int t = token<FIRST>(), vector = lane() % kLanes;
-    const int place = t * kBoxBytes + ((vector ^ (t & 7)) << 4);  // in a stage
-    int at = slice() * cut.steps * kColumns + vector * V::kSize;
-    T* out = static_cast<T*>(a.x) + (first() + t) * a.x_stride + at;
-    Turn turn;
-#pragma unroll 1
-    for (int step = 0; step < steps(); ++step, at += kColumns, out += kColumns) {
-      const char* const stage = shared() + turn.slot * kTokenBytes;
-#pragma unroll
-      for (int batch = 0; batch < kRounds<FIRST>; batch += few) {
-        float change[few][V::kSize];
-        bool writes[few];
-#pragma unroll
-        for (int i = 0; i < few; ++i) {
-          const int32_t j = ADDS ? rows[t + (batch + i) * kApart] : -1;
-          writes[i] = ADDS && j >= 0 && at < static_cast<int>(a.d);
-          if (writes[i]) load_floats(change[i], a.table.delta + j * a.d + at, true);
-        }
-        if (!FIRST) add_rules(change, writes, rules, t, at);
-        if (batch == 0) wait(rings().tokens[FIRST ? 0 : 1].landed + turn.slot, turn.phase);
-#pragma unroll
-        for (int i = 0; i < few; ++i) {
-          const int round = batch + i;
-          // Every other round's tokens are 4 further in their eight rows.
-          const char* from = stage + (place ^ round % 2 * 64) + round * kApart * kBoxBytes;
-          float x[V::kSize], residual[V::kSize] = {};
-          V::load(from).widen(x);
-          if (RESIDUAL) V::load(from + cut.token_stages * kTokenBytes).widen(residual);
-#pragma unroll
-          for (int e = 0; FIRST && e < V::kSize; ++e) {
-            const float h = RESIDUAL ? x[e] + residual[e] : x[e];
-            square[round] += h * h;
-          }
-          if (!writes[i]) continue;
-#pragma unroll
-          for (int e = 0; e < V::kSize; ++e) x[e] += change[i][e];
-          V::rounded(x).store(out + round * kApart * a.x_stride, true);
-        }
-      }
-      release(rings().tokens[FIRST ? 0 : 1].freed + turn.slot);
-      turn.next(cut.token_stages);
-    }
-  }
-
-  // change += what the rules of tokens t, t + 4, ... add.
-  template <int FEW>
-  __device__ __forceinline__ void add_rules(float (&change)[FEW][V::kSize], const bool (&writes)[FEW], int rules, int t, int at) const {
-#pragma unroll 1
-    for (int begin = 0; begin < rules; begin += kFewRules) {
-      float c[kFewRules][FEW];
-      V direction[kFewRules][FEW];
-#pragma unroll
-      for (int m = 0; m < kFewRules; ++m) {
-#pragma unroll
-        for (int i = 0; i < FEW; ++i) {
-          const int entry = (t + i * kApart) * rules + begin + m;
-          c[m][i] = writes[i] && begin + m < rules ? coefficients()[entry] : 0.f;
-          if (c[m][i] != 0.f) direction[m][i] = V::load(static_cast<const T*>(a.directions) + concepts()[entry] * a.d + at, true);
-        }
-      }
-#pragma unroll
-      for (int m = 0; m < kFewRules; ++m) {
-#pragma unroll
-        for (int i = 0; i < FEW; ++i) {
-          if (c[m][i] == 0.f) continue;
-          float v[V::kSize];
-          direction[m][i].widen(v);
-#pragma unroll
-          for (int e = 0; e < V::kSize; ++e) change[i][e] += c[m][i] * v[e];
-        }
-      }
-    }
-  }
-
   __device__ __forceinline__ void sort(int t) const {
-    if (sort_token(a, first(), count(), t, tokens())) tokens().any_waits = true;  // seen by the others when they have met
+    if (!sort_token(a, first(), count(), t, tokens())) return;
+    tokens().any_waits = true;  // seen by the others when they have met
+    const int64_t j = ev_own_row(a, first() + t), rules = a.table.rules;
+    prefetch(a.table.gate_threshold + j);
+    prefetch_floats(a.table.rule_bounds + j * rules * 3, rules * 3);
+    prefetch_floats(a.table.rule_solve + j * rules * rules, rules * rules);
   }
 
   template <bool RESIDUAL, bool ADDS>
   __device__ __forceinline__ void stream_first() const {
     float square[kRounds<true>] = {};
-    stream<true, RESIDUAL, ADDS>(tokens().add, 0, square);
+    stream<T, true, RESIDUAL, ADDS>(tokens().add, 0, square);
     __syncthreads();
 #pragma unroll
     for (int round = 0; round < kRounds<true>; ++round) {
@@ -200,7 +113,7 @@ class Stream : StreamBlock {
   __device__ __forceinline__ void stream_again() const {
     const bool waited = tokens().any_waits;
     float none[kRounds<false>];
-    stream<false, false, true>(waited ? tokens().row : tokens().add, waited ? static_cast<int>(a.table.rules) : 0, none);
+    stream<T, false, false, true>(waited ? tokens().row : tokens().add, waited ? static_cast<int>(a.table.rules) : 0, none);
   }
 
   // The projections of the tokens of this products warpgroup on this block's columns.
@@ -329,7 +242,7 @@ class Stream : StreamBlock {
   __device__ __forceinline__ void write_scores(int begin, int end) const {
 #pragma unroll 1
     for (int k = lane(); k < a.k; k += 32) {
-      const float mean = a.mean[k], inv_std = a.inv_std[k];
+      const float mean = fixed().mean[k], inv_std = fixed().inv_std[k];
 #pragma unroll 4
       for (int t = begin; t < end; t += kStreamers + kProducts)
         a.scores[(first() + t) * a.scores_stride + k] = ev_score(projections()[t * kPitch + k], mean, inv_std);
@@ -349,11 +262,12 @@ template <class T>
 cudaError_t apply(const ev_args& a, const StreamCut& cut, cudaStream_t on) {
   constexpr bool bf16 = std::is_same<T, __nv_bfloat16>::value;
   Matrices matrices{};
-  bool encoded = encode(matrices.x, bf16, a.x, a.n, a.d, rows_apart(a, a.x_stride), kTokens) &&
+  const bool wide = !a.table.delta || a.table.rules > 0;  // or else the same lines are written right after
+  bool encoded = encode(matrices.x, bf16, a.x, a.n, a.d, rows_apart(a, a.x_stride), kTokens, wide) &&
                  encode(matrices.readers, bf16, a.readers, a.k_padded, a.d, a.d, kProductConcepts);
   if (a.residual) encoded = encoded && encode(matrices.residual, bf16, a.residual, a.n, a.d, rows_apart(a, a.residual_stride), kTokens);
   if (!encoded) return cudaErrorInvalidValue;
-  return launch(stream<T>, dim3(static_cast<unsigned>(cut.blocks)), kThreads, cut.bytes, on, cut.ranks, a, matrices, cut);
+  return launch(stream<T>, dim3(static_cast<unsigned>(cut.blocks)), kThreads, cut.bytes, on, cut.ranks, false, a, matrices, cut);
 }
 
 // The copy engine takes rows that lie apart, at multiples of 16 bytes, less than 2^40 bytes from each other.
@@ -386,11 +300,11 @@ int stream_sm90_clusters(const Device& device, int log_ranks) {
   ev_args a{};
   a.n = a.d = 1;
   cudaLaunchConfig_t config;
-  cudaLaunchAttribute attribute;
+  cudaLaunchAttribute attributes[2];
   int clusters = 0;
   auto* kernel = stream<__nv_bfloat16>;
   const StreamCut cut = stream_cut(a, 1 << log_ranks, device.shared_bytes);
-  const cudaError_t error = prepare(config, attribute, kernel, dim3(cut.ranks), kThreads, cut.bytes, nullptr, cut.ranks);
+  const cudaError_t error = prepare(config, attributes, kernel, dim3(cut.ranks), kThreads, cut.bytes, nullptr, cut.ranks);
   if (error == cudaSuccess && cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) return clusters;
   cudaGetLastError();  // what failed here is no error of the caller's
   return 0;

@@ -48,13 +48,16 @@ inline auto matrix_encoder() {
 
 inline bool can_encode_matrices() { return matrix_encoder() != nullptr; }
 
-// [rows, columns] of a 16-bit dtype, rows `stride` elements apart. What a box has outside of it becomes zero.
-inline bool encode(Matrix& matrix, bool bf16, const void* first, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
+// [rows, columns] of a 16-bit dtype, rows `stride` elements apart. What a box has outside of it becomes zero. `wide`: what comes from
+// memory comes into the L2 cache 256 bytes at a time, not 128.
+inline bool encode(Matrix& matrix, bool bf16, const void* first, int64_t rows, int64_t columns, int64_t stride, int box_rows,
+                   bool wide = true) {
+  const CUtensorMapL2promotion promotion = wide ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
   const cuuint64_t size[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t bytes[] = {static_cast<cuuint64_t>(stride) * 2};
   const cuuint32_t box[] = {kBoxBytes / 2, static_cast<cuuint32_t>(box_rows)}, each[] = {1, 1};
   return matrix_encoder()(&matrix, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(first), size, bytes,
-                          box, each, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                          box, each, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion,
                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
@@ -63,6 +66,8 @@ __device__ __forceinline__ void copy_box(void* shared, const Matrix& matrix, int
                "l"(&matrix), "r"(column), "r"(row), "r"(shared_address(barrier))
                : "memory");
 }
+
+__device__ __forceinline__ void prefetch_matrix(const Matrix& matrix) { asm volatile("prefetch.tensormap [%0];" ::"l"(&matrix) : "memory"); }
 
 __device__ __forceinline__ void arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");

@@ -319,6 +319,8 @@ inline void wait(uint64_t* barrier, int phase) {
     }
   }
 }
+inline void start_next_kernel() {}
+inline void after_earlier_kernels() {}
 inline void prefetch(const void* global) { (void)*static_cast<const volatile char*>(global); }
 
 inline int cluster_rank() { return Block::current().rank; }
@@ -363,8 +365,9 @@ struct Matrix {
   int64_t rows, row_bytes, apart;  // bytes
   int box_rows;
 };
+inline void prefetch_matrix(const Matrix&) {}
 inline bool can_encode_matrices() { return true; }
-inline bool encode(Matrix& matrix, bool, const void* first, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
+inline bool encode(Matrix& matrix, bool, const void* first, int64_t rows, int64_t columns, int64_t stride, int box_rows, bool = true) {
   matrix = {static_cast<const char*>(first), rows, columns * 2, stride * 2, box_rows};
   return reinterpret_cast<uintptr_t>(first) % 16 == 0 && matrix.apart % 16 == 0 && matrix.row_bytes <= matrix.apart && box_rows <= 256;
 }
@@ -438,7 +441,7 @@ void multiply(float (&c)[VALUES], uint64_t a, uint64_t b, bool adds) {
 }
 
 template <class... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, cudaStream_t, int cluster, const Parameters&... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, cudaStream_t, int cluster, bool, const Parameters&... arguments) {
   emulated_block_size.x = threads;
   for (emulated_block.y = 0; emulated_block.y < blocks.y; ++emulated_block.y)
     for (unsigned first = 0; first < blocks.x; first += cluster) Cluster(cluster, threads, bytes).run(first, [&] { kernel(arguments...); });
@@ -475,6 +478,18 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
     unsigned votes = 0;
     for (int l = 0; l < 32; ++l) votes |= static_cast<unsigned>(lanes[l].predicate) << l;
     for (int l = 0; l < 32; ++l) lanes[l].out[0] = votes;
+  });
+  return block.lane().out[0];
+}
+inline unsigned __match_any_sync(unsigned, int value) {
+  ev::Block& block = ev::Block::current();
+  std::memcpy(&block.lane().value, &value, 4);
+  block.meet_warp([](ev::Lane* lanes) {
+    for (int l = 0; l < 32; ++l) {
+      unsigned same = 0;
+      for (int other = 0; other < 32; ++other) same |= static_cast<unsigned>(std::memcmp(&lanes[l].value, &lanes[other].value, 4) == 0) << other;
+      lanes[l].out[0] = same;
+    }
   });
   return block.lane().out[0];
 }

@@ -21,7 +21,7 @@ extern "C" __attribute__((visibility("default"))) int ev_emulated_apply(const ev
       a.workspace = workspace.data();
       return ev::apply_sliced(a, device, nullptr);
     }
-    case EV_CUDA_DECODE_SM90: return ev::plan_decode_sm90(*args, device).kernel == kernel ? ev::apply_decode_sm90(*args, device, nullptr) : EV_NO_KERNEL;
+    case EV_CUDA_DECODE_SM90: return ev::plan_decode_sm90(*args, device).kernel == kernel ? ev::apply_decode_sm90(*args, device, false, nullptr) : EV_NO_KERNEL;
     case EV_CUDA_STREAM_SM90:
     case EV_CUDA_STREAM_SM90_BY_2:
     case EV_CUDA_STREAM_SM90_BY_4:
