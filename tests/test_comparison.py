@@ -271,6 +271,17 @@ def test_what_cannot_be_compared_is_named(bank: Bank, options: dict[str, Any], s
         against(tiny.model(), bank, **options)
 
 
+def test_an_answer_that_ends_halfway_is_refused(bank: Bank) -> None:
+    model = copy.deepcopy(tiny.model())
+    model.generation_config.eos_token_id = [7, 20]
+    words = plain.tokenizer()
+    answers = ["w1 w2"] * 18 + [f"w1 {words.decode(20)} w2"]
+    with pytest.raises(ValueError, match="a token that ends it: 'w1 w11 w2'"):
+        compare(model, model, words, words, bank, None, NEUTRAL, CHALLENGING, on="answer", answers=answers, **OPTIONS)
+    found = compare(model, model, words, words, bank, None, NEUTRAL, CHALLENGING, on="answer", **OPTIONS)
+    assert max(abs(shift.mean) for shift in found.shifts.values()) == 0
+
+
 def test_scores_that_are_not_finite_are_no_silent_alarms(bank: Bank) -> None:
     with hooked(lambda output: output * torch.nan) as model, pytest.raises(ValueError, match="not finite"):
         against(model, bank)

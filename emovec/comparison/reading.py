@@ -197,6 +197,9 @@ class Reader:
         inner: Any = unwrapped(model)
         ends = inner.generation_config.eos_token_id
         ending = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [int(ends)]
+        for answer in given or ():
+            if set(answer) & set(ending):
+                raise ValueError(f"a given answer holds a token that ends it: {shown(self.tokenizer.decode(answer))}")
         most = new if given is None else max(map(len, given))
         forced = [] if given is None else [_Forced(given, width, ending[0] if ending else 0)]
         options = {"do_sample": False, "num_beams": 1, "max_new_tokens": most + 1, "pad_token_id": ending[0] if ending else 0}
