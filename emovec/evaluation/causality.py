@@ -25,7 +25,8 @@ from emovec.evaluation.steered import Steered, Value, with_random
 from emovec.evaluation.wordfamily import named
 from emovec.extraction import corpus
 from emovec.extraction.blocks import Blocks
-from emovec.extraction.tokens import PROMPT, Tokens
+from emovec.extraction.tokens import UNUSED, Tokens
+from emovec.models import encode
 
 __all__ = ["parts", "result", "usable"]
 
@@ -62,7 +63,8 @@ def result(material: Material) -> dict[str, Any]:
     steering = with_random(bank, count, material.generator("causality.random"))
     steered = Steered(material.model, material.tokenizer, steering, force=material.force, advance=material.advance)
     unit = DOSE / len(bank.steer_layers)
-    chosen = [name for name in WORDS if name in bank.names] or list(bank.names[:12])
+    chosen = [name for name in WORDS if name in bank.names]
+    chosen += [name for name in bank.names if name not in chosen][: len(WORDS) - len(chosen)]
     random = [f"random {number}" for number in range(count)]
     found: dict[str, Any] = {"layers": list(bank.steer_layers), "unit": unit, "random": count, "words": chosen}
     found["naming"] = _naming(material, steered, chosen, random, unit)
@@ -174,26 +176,26 @@ def _writing(material: Material, steered: Steered, words: Sequence[str], random:
 
 
 def _read_back(material: Material, written: list[list[list[int]]], words: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Scores [D, S, P, W] of the texts at a layer that was not steered and at layer 0, less the unsteered text's; and the layers."""
-    flat = [ids for row in written for ids in row]
-    rows = [row for row, ids in enumerate(flat) if ids]
+    """Scores [D, S, P, W] of the answers at a layer that was not steered and at layer 0, less the unsteered answer's; and the layers.
+
+    Each answer is read after its prompt, by a model that nothing is added to; only its own tokens count.
+    """
+    asked = [encode(material.tokenizer, prompt)["input_ids"][0].tolist() for prompt in PROMPTS]
+    answers = [(prompt, ids) for row in written for prompt, ids in zip(asked, row, strict=True)]
+    rows = [row for row, (_, ids) in enumerate(answers) if ids]
+    texts = [Tokens(prompt + ids, [UNUSED] * len(prompt) + [0] * len(ids)) for prompt, ids in answers if ids]
     free = [layer for layer in material.layers if layer not in material.bank.steer_layers]
     above = min(free, key=lambda layer: (abs(layer - read_layers(material.bank)[-1]), -layer))
     wanted = sorted({0, above})
-    found = means(Blocks(material.model, wanted), [Tokens(flat[row], [PROMPT] * len(flat[row])) for row in rows])[:, 0]
-    kept, texts = list(words), None
-    for register in material.registers:
-        part = material.labelled(register)
-        texts = part if texts is None else texts + part
-    assert texts is not None
+    found = means(Blocks(material.model, wanted), texts)[:, 0]
     scores = {}
     for layer in wanted:
-        if material.recipe is None or not set(kept) <= set(material.corpus.names):
+        if material.recipe is None or not set(words) <= set(material.corpus.names):
             continue
-        bank = remade(texts, material.corpus.names, (layer,), material.recipe, material.moments)
-        whole = torch.full((len(flat), len(bank.names)), torch.nan, dtype=torch.float64)
+        bank = remade(material.everything(), material.corpus.names, (layer,), material.recipe, material.moments)
+        whole = torch.full((len(answers), len(bank.names)), torch.nan, dtype=torch.float64)
         whole[rows] = read(bank, {layer: found[:, wanted.index(layer)]}, "generated")
-        chosen = whole[:, [bank.resolve(word) for word in kept]].reshape(len(written), -1, len(kept))
+        chosen = whole[:, [bank.resolve(word) for word in words]].reshape(len(written), -1, len(words))
         difference = (chosen[1:] - chosen[0]).nan_to_num(0.0)  # where nothing was written nothing is shown
         scores["layer 0" if layer == 0 else "held-out layer"] = difference.reshape(-1, len(WRITING), *difference.shape[1:])
     return scores, {"held-out layer": above, "layer 0": 0}

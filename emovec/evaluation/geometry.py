@@ -58,11 +58,7 @@ def _directions(material: Material) -> tuple[list[str], dict[int, Tensor], list[
         return list(bank.names), {layer: bank[layer].directions.double() for layer in bank.layers}, list(bank.layers)
     names = material.corpus.names
     rows = [bank.resolve(name) for name in names]
-    texts = None
-    for register in material.registers:
-        part = material.labelled(register)
-        texts = part if texts is None else texts + part
-    assert texts is not None
+    texts = material.everything()
     found = {}
     for layer in material.layers:
         if layer in bank.layers:

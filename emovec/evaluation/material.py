@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -78,6 +78,18 @@ class Material:
         """A register's texts; ``turns``: the messages as users' turns."""
         labels = self.corpus.labels["messages" if name == "turns" else name]
         return Texts(self.means[name][:, 0], labels.concept, labels.topic, self.layers)
+
+    def everything(self) -> Texts:
+        """The texts of all registers; topics are numbered on from one register to the next."""
+        parts, topics = [], 0
+        for register in self.registers:
+            part = self.labelled(register)
+            parts.append(replace(part, topics=part.topics + topics))
+            topics += int(part.topics.max()) + 1
+        whole = parts[0]
+        for part in parts[1:]:
+            whole = whole + part
+        return whole
 
     def pool(self, name: str, pool: str) -> dict[int, Tensor]:
         """layer -> [N, d] of one pool of a set."""

@@ -45,6 +45,6 @@ def ranks_of(scores: Tensor, truth: Tensor) -> Tensor:
 
 def all_ranks(scores: Tensor) -> Tensor:
     """The ranks [N, K] of all concepts, as :func:`ranks_of` gives them."""
-    ordered = scores.sort(1).values
+    ordered = scores.contiguous().sort(1).values.contiguous()
     below = torch.searchsorted(ordered, scores.contiguous(), right=False)
     return scores.shape[1] - below

@@ -54,14 +54,7 @@ class _Maker:
     def __init__(self, material: Material, recipe: Recipe) -> None:
         self.material, self.recipe = material, recipe
         self.layer = read_layers(material.bank)[-1]
-        topics, parts = 0, []
-        for register in material.registers:
-            part = material.labelled(register)
-            parts.append(replace(part, topics=part.topics + topics))
-            topics += int(part.topics.max()) + 1
-        self.texts: Texts = parts[0]
-        for part in parts[1:]:
-            self.texts = self.texts + part
+        self.texts: Texts = material.everything()
         self.concepts = len(material.corpus.names)
         self.rows = self.texts.at(self.layer)
         self.removed = self._removed(recipe)
