@@ -90,7 +90,9 @@ def test_geometry_finds_planted_norms_and_families() -> None:
     rated = (rated - rated.mean(0)) / rated.std(0)
     rows = 3 * rated[:, :1] * valence + 1.5 * rated[:, 1:] * arousal + 0.5 * planted.directions(planted.READ)
     layers = [
-        replace(layer, directions=rows / rows.norm(dim=1, keepdim=True)) if layer.index == planted.READ else layer
+        replace(layer, directions=rows / rows.norm(dim=1, keepdim=True), raw_norm=rows.norm(dim=1))
+        if layer.index == planted.READ
+        else layer
         for layer in material.bank.values()
     ]
     bank = type(material.bank)(layers, planted.READ, (3,), planted.FAMILIES, material.bank.meta)
@@ -182,6 +184,7 @@ def test_unknown_sections_are_named() -> None:
 GRADES = [
     (0.6, 0.001, True, "yes"),
     (0.4, 0.001, True, "with care"),
+    (0.2, 0.001, True, "too weak"),
     (0.6, 0.02, True, "not shown"),
     (0.6, 0.001, False, "not shown"),
     (None, 0.001, True, "not shown"),
@@ -190,12 +193,13 @@ GRADES = [
 
 @pytest.mark.parametrize(("low", "p", "also", "expected"), GRADES)
 def test_a_verdict_is_never_better_than_its_null_and_interval(low: float | None, p: float, also: bool, expected: str) -> None:
-    assert verdict.graded({"low": low}, p, 0.5, also=also) == expected
+    estimate = {"low": low, "high": None if low is None else low + 0.2}
+    assert verdict.graded(estimate, p, 0.5, also=also) == expected
 
 
 def test_the_worst_of_several_decides() -> None:
     assert verdict.worst(["yes", "with care", "yes"]) == "with care"
-    assert verdict.worst(["with care", "not shown"]) == "not shown"
+    assert verdict.worst(["with care", "not shown", "too weak"]) == "not shown"
     assert verdict.worst([]) == "not tested"
 
 

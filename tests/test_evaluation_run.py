@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +21,7 @@ from emovec import extras
 from emovec.bank import Bank, BankError
 from emovec.cli import app as application
 from emovec.cli import common
-from emovec.evaluation import Options, evaluate, run, texts
+from emovec.evaluation import Options, evaluate, run, texts, verdict
 from emovec.evaluation.activations import Activations
 from emovec.evaluation.sections import SECTIONS, Section
 from emovec.extraction import CorpusError
@@ -262,3 +263,15 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(wrong.exception, ValueError)
     assert "scenarios" in str(wrong.exception)
     assert not (tmp_path / "never").exists()
+
+
+def test_the_page_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its examples run, and it tells of every section, option and verdict."""
+    source = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names = {"model": tiny.model(), "tokenizer": small_corpus.tokenizer(), "bank": small_corpus.bank()}
+    for example in re.findall(r"^```python\n(.*?)^```", source, re.DOTALL | re.MULTILINE):
+        exec(example, names)
+    assert "Telling families" in capsys.readouterr().out
+    for word in (*(part.name for part in SECTIONS), "--others", "--stories", "--norms", "--layers", "--quick", "--seed", *verdict.VERDICTS):
+        assert word in source, word

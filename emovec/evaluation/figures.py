@@ -19,6 +19,7 @@ SHADES = colour.scale("light")
 INK, MUTED, LINE, UP, DOWN, CARD = (THEME[name] for name in ("ink", "muted", "line", "up", "down", "card"))
 _VARIABLES = {THEME[name]: name for name in THEME} | {shade: colour.name(step) for step, shade in SHADES.items() if step}
 _FONT = 9.5
+_NULL = "null, 97.5 %"
 
 
 @dataclass(frozen=True)
@@ -106,16 +107,16 @@ def whiskers(
             axes.plot([estimate["value"]], [y], "o", color=colours[index], markersize=4.5, label=series[index] if line == 0 else None)
             null = marks[name][index] if name in marks else None
             if null is not None:
-                axes.plot(
-                    [null], [y], "|", color=MUTED, markersize=9, markeredgewidth=1.6, label="null, 97.5 %" if line == index == 0 else None
-                )
+                axes.plot([null], [y], "|", color=MUTED, markersize=9, markeredgewidth=1.6, label=_NULL if line == index == 0 else None)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(unit)
     axes.grid(axis="x", color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, fontsize=_FONT)
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda index: labels[index] == _NULL)
+    axes.legend([handles[i] for i in order], [labels[i] for i in order], loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4)
 
 
 def curves(

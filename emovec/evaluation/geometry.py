@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emovec.bank import BankLayer
 from emovec.evaluation.geometry_page import parts
 from emovec.evaluation.labelled import derived
 from emovec.evaluation.material import Material
@@ -27,7 +28,7 @@ _DIGITS = 4
 
 def result(material: Material) -> dict[str, Any]:
     """Components against norms, clusters against families, and the likeness of layers."""
-    names, by_layer, own = _directions(material)
+    names, by_layer, lengths, own = _directions(material)
     layer = read_layers(material.bank)[-1]
     cosines = {index: rows @ rows.T for index, rows in by_layer.items()}
     rated = [row for row, name in enumerate(names) if name in material.corpus.ratings]
@@ -45,32 +46,42 @@ def result(material: Material) -> dict[str, Any]:
     }
     for index, rows in by_layer.items():
         if len(rated) >= _LEAST:
-            found["components"][str(index)] = _components(material, rows, torch.tensor(rated), norms, f"layer {index}", full=index == layer)
+            found["components"][str(index)] = _components(
+                material, rows * lengths[index], torch.tensor(rated), norms, f"layer {index}", full=index == layer
+            )
         if material.families and index in {0, layer}:
             found["clusters"][str(index)] = _clusters(material, names, rows, f"layer {index}")
     return found
 
 
-def _directions(material: Material) -> tuple[list[str], dict[int, Tensor], list[int]]:
-    """Concepts, layer -> unit directions [K, d] in fp64, and the layers where these are the bank's own."""
+def _directions(material: Material) -> tuple[list[str], dict[int, Tensor], dict[int, Tensor], list[int]]:
+    """Concepts, layer -> unit directions [K, d] in fp64 and the lengths [K, 1] they had, and the layers where these are the bank's own."""
     bank, recipe = material.bank, material.recipe
     if recipe is None:
-        return list(bank.names), {layer: bank[layer].directions.double() for layer in bank.layers}, list(bank.layers)
+        layers = bank.values()
+        directions = {layer.index: layer.directions.double() for layer in layers}
+        lengths = {layer.index: _lengths(layer, list(range(len(bank.names)))) for layer in layers}
+        return list(bank.names), directions, lengths, list(bank.layers)
     names = material.corpus.names
     rows = [bank.resolve(name) for name in names]
     texts = material.everything()
-    found = {}
+    found, lengths = {}, {}
     for layer in material.layers:
         if layer in bank.layers:
-            found[layer] = bank[layer].directions[rows].double()
+            found[layer], lengths[layer] = bank[layer].directions[rows].double(), _lengths(bank[layer], rows)
         else:
             neutral = None if recipe.denoise is None else material.moments[f"neutral_{recipe.denoise}"].of(layer)[1]
-            found[layer] = derived(texts, layer, len(names), recipe, neutral).directions
-    return list(names), found, [layer for layer in found if layer in bank.layers]
+            made = derived(texts, layer, len(names), recipe, neutral)
+            found[layer], lengths[layer] = made.directions, made.raw_norm[:, None]
+    return list(names), found, lengths, [layer for layer in found if layer in bank.layers]
+
+
+def _lengths(layer: BankLayer, rows: list[int]) -> Tensor:
+    return torch.ones(len(rows), 1, dtype=torch.float64) if layer.raw_norm is None else layer.raw_norm[rows, None].double()
 
 
 def _components(material: Material, rows: Tensor, rated: Tensor, norms: Tensor, purpose: str, *, full: bool) -> dict[str, Any]:
-    """The leading components' shares of variance and correlations with the norms; p is of the largest over the components."""
+    """Shares of variance of the leading components and their correlations with the norms; p is of the largest of a norm."""
     centred = rows - rows.mean(0)
     left, sizes, _ = torch.linalg.svd(centred, full_matrices=False)
     count = min(COMPONENTS, len(sizes))

@@ -18,7 +18,8 @@ def parts(result: dict[str, Any]) -> list[Html | Figure]:
     layer = str(result["read_layer"])
     found: list[Html | Figure] = [
         text(
-            f"The directions themselves, at layer {layer} the bank's own. Ratings are of words, not of what the model does with them. "
+            f"The directions themselves, at layer {layer} the bank's own; components are of directions as long as they were made, cosines "
+            f"and clusters of unit ones. Ratings are of words, not of what the model does with them. "
             "r is that of a component with the ratings; for each norm, p asks how often shuffled ratings reach the largest r of the "
             "components, "
             "and the last column how often the same component is ahead when concepts are drawn anew.",

@@ -15,7 +15,7 @@ from emovec.bank import Bank
 
 def read_layers(bank: Bank) -> tuple[int, ...]:
     """The layers whose activations :func:`read` needs."""
-    return (bank.read_layer,)
+    return bank.read_layers
 
 
 def read(bank: Bank, means: Mapping[int, Tensor], kind: str) -> Tensor:
@@ -26,9 +26,7 @@ def read(bank: Bank, means: Mapping[int, Tensor], kind: str) -> Tensor:
         means: layer -> [N, d], mean activations.
         kind: kind of position that the means are of.
     """
-    layer = bank[bank.read_layer]
-    baseline = layer.baseline(kind)
-    return (projections(bank, means) - baseline.mean.double()) / baseline.std.double()
+    return bank.score(means, kind)
 
 
 def projections(bank: Bank, means: Mapping[int, Tensor]) -> Tensor:

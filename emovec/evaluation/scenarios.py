@@ -26,6 +26,7 @@ READOUTS = {
     "turn start, not centred": ("turn start", "turn_start", False),
 }
 TOPS = (1, 3, 5, 10)
+SHOWN = ("turn start", "user's words")
 
 
 def result(material: Material) -> dict[str, Any]:
@@ -113,11 +114,12 @@ def parts(result: dict[str, Any]) -> list[Html | Figure]:
                             chance(part["null"]["p"]),
                         ]
                     )
+    problems = [problem for problem in ("concepts", "targets", "families") if problem in best]
+    columns = [f"{name}: among {best[problem]['of']} {problem}" for name in SHOWN for problem in problems]
     each = [
-        [target, *(", ".join(map(str, part[problem])) for problem in ("concepts", "targets", "families") if problem in part)]
-        for target, part in best["by_target"].items()
+        [target, *(", ".join(map(str, result["readouts"][name]["by_target"][target][problem])) for name in SHOWN for problem in problems)]
+        for target in best["by_target"]
     ]
-    columns = [f"among {best[problem]['of']} {problem}" for problem in ("concepts", "targets", "families") if problem in best]
     return [
         text(
             "Messages that imply one of the targets' feelings without naming it. The bank's own directions read them; none was made from "
@@ -127,12 +129,7 @@ def parts(result: dict[str, Any]) -> list[Html | Figure]:
             title="Feelings that are only implied",
         ),
         table(["read at", "among", "hit", "hits", "share (95 %)", "chance", "null, 97.5 %", "p"], rows),
-        table(
-            ["target", *(f"ranks {column}" for column in columns)],
-            each,
-            title=None,
-            note="Ranks of the target in each message, read at the turn's start.",
-        ),
+        table(["target", *columns], each, title="Target by target", note="Ranks of the target in each message; 1 is the highest."),
         Figure("scenarios", "Targets found", lambda figure: _draw(figure, result), (8.6, 3.2)),
     ]
 

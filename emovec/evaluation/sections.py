@@ -11,6 +11,7 @@ from typing import Any
 
 from emovec.bank_layer import nearest, shown
 from emovec.evaluation import (
+    activations,
     causality,
     classification,
     dosage,
@@ -25,7 +26,9 @@ from emovec.evaluation import (
     speakers,
     stability,
     stats,
+    steered,
     texts,
+    wordfamily,
 )
 from emovec.evaluation.figures import Figure
 from emovec.evaluation.material import Material
@@ -42,11 +45,13 @@ class Section:
         module: has ``result``, from a :class:`Material` to plain JSON, and ``parts``, from that to what the page shows.
         title: the question.
         cost: how long it takes, in tokens of a forward pass that take as long; for the estimate only.
+        needs: modules that the result depends on, besides its own and those that all depend on.
     """
 
     module: ModuleType
     title: str
     cost: int
+    needs: tuple[ModuleType, ...] = ()
 
     @property
     def name(self) -> str:
@@ -65,7 +70,7 @@ class Section:
     @property
     def code(self) -> str:
         """A hash of what computes the result: another version's results are not reused."""
-        modules = (self.module, labelled, material, reading, stats, texts)
+        modules = (self.module, *self.needs, labelled, material, reading, stats, texts)
         return hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)).hexdigest()[:16]
 
 
@@ -77,9 +82,9 @@ SECTIONS = (
     Section(dosage, "Does a reading follow a number?", 5_000),
     Section(geometry, "How do the directions lie to one another?", 10_000),
     Section(lens, "Which tokens does a direction speak for?", 5_000),
-    Section(stability, "Would other stories have given the same directions?", 30_000),
-    Section(leaks, "What else could give the emotion away?", 10_000),
-    Section(causality, "Does adding a direction do what its name says?", 300_000),
+    Section(stability, "Would other stories have given the same directions?", 30_000, (classification,)),
+    Section(leaks, "What else could give the emotion away?", 10_000, (wordfamily,)),
+    Section(causality, "Does adding a direction do what its name says?", 210_000, (activations, steered, wordfamily)),
 )
 
 

@@ -1,7 +1,8 @@
 """What the bank may be used for, in words, by stated thresholds. Where a null or an interval does not support a use, it is not claimed.
 
-yes: the interval lies wholly above the threshold and the null is beaten. with care: the null is beaten, the threshold is not
-reached. not shown: the null is not beaten. not tested: there is nothing to judge by.
+yes: beyond the null (p at most 0.01), and the interval lies wholly above the threshold. with care: beyond the null, and the interval
+holds the threshold. too weak: beyond the null, and the interval lies wholly below. not shown: not beyond the null. not tested: there
+is nothing to judge by.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from emovec.evaluation.words import chance, plain, said
-from emovec.report.markup import Html
+from emovec.report.markup import Html, tag
 from emovec.report.tables import table
 
-YES, CARE, NOT_SHOWN, NOT_TESTED = "yes", "with care", "not shown", "not tested"
+YES, CARE, WEAK, NOT_SHOWN, NOT_TESTED = VERDICTS = "yes", "with care", "too weak", "not shown", "not tested"
 P = 0.01
 FAMILY, WORD, IMPLIED, POSITION, OTHERS, AGAIN, NORM, NAMED, WRITTEN = 0.5, 0.5, 0.5, 0.5, 0.4, 0.9, 0.5, 0.75, 0.5
 
@@ -34,11 +35,11 @@ def graded(estimate: Mapping[str, Any], p: float, threshold: float, *, also: boo
     """The verdict on one estimate; ``also``: whatever else has to be beaten, such as what the words alone give."""
     if not (p <= P and also and estimate["low"] is not None):
         return NOT_SHOWN
-    return YES if estimate["low"] >= threshold else CARE
+    return YES if estimate["low"] >= threshold else CARE if estimate["high"] >= threshold else WEAK
 
 
 def worst(grades: Sequence[str]) -> str:
-    return max(grades, key=[YES, CARE, NOT_SHOWN, NOT_TESTED].index) if grades else NOT_TESTED
+    return max(grades, key=VERDICTS.index) if grades else NOT_TESTED
 
 
 def _there(sections: Sections, name: str) -> Mapping[str, Any] | None:
@@ -51,11 +52,7 @@ def _there(sections: Sections, name: str) -> Mapping[str, Any] | None:
 
 def _classified(held_out: str, measure: str, use: str, threshold: float) -> Callable[[Sections], Claim]:
     what = {"top1": "top-1", "family": "the family of the first"}[measure]
-    rule = (
-        f"yes: the interval of {what} lies above {threshold:g} on every set tested, p is at most {P:g}, and the gain over layer 0 has an "
-        f"interval above zero. "
-        "with care: all but the threshold."
-    )
+    rule = f"{what}, at least {threshold:g} on every set tested; beyond shuffled labels, and more than layer 0"
 
     def judge(sections: Sections) -> Claim:
         found = _there(sections, "classification")
@@ -75,12 +72,12 @@ def _classified(held_out: str, measure: str, use: str, threshold: float) -> Call
     return judge
 
 
-def _implied(problem: str, top: str, use: str) -> Callable[[Sections], Claim]:
-    rule = f"yes: the interval of top-{top} at the turn's start lies above {IMPLIED:g} and p is at most {P:g}. with care: p alone."
+def _implied(problem: str, top: str, use: str, readout: str = "turn start") -> Callable[[Sections], Claim]:
+    rule = f"top-{top}, read at {readout}, at least {IMPLIED:g}; beyond shuffled targets"
 
     def judge(sections: Sections) -> Claim:
         found = _there(sections, "scenarios")
-        part = None if found is None else found["readouts"]["turn start"].get(problem, {}).get("top", {}).get(top)
+        part = None if found is None else found["readouts"][readout].get(problem, {}).get("top", {}).get(top)
         if part is None:
             return _claim(use, NOT_TESTED, "", rule)
         evidence = f"{part['hits']} of {part['n']} messages, {said(part)}, chance {plain(part['chance'])}, p {chance(part['null']['p'])}"
@@ -91,7 +88,7 @@ def _implied(problem: str, top: str, use: str) -> Callable[[Sections], Claim]:
 
 def _others(sections: Sections) -> Claim:
     use = "Naming a feeling in texts by other writers"
-    rule = f"yes: the interval of top-1 among the words that occur lies above {OTHERS:g} and p is at most {P:g}. with care: p alone."
+    rule = f"top-1 among the words that occur, at least {OTHERS:g}; beyond shuffled labels"
     found = _there(sections, "others")
     part = None if found is None else found["problems"]["words"]["top"].get("1")
     if found is None or part is None:
@@ -101,7 +98,7 @@ def _others(sections: Sections) -> Claim:
 
 
 def _speaker(position: str, whose: str, use: str) -> Callable[[Sections], Claim]:
-    rule = f"yes: the interval of top-5 lies above {POSITION:g} and p is at most {P:g}. with care: p alone."
+    rule = f"top-5, at least {POSITION:g}; beyond shuffled dialogues"
 
     def judge(sections: Sections) -> Claim:
         found = _there(sections, "speakers")
@@ -118,10 +115,7 @@ def _speaker(position: str, whose: str, use: str) -> Callable[[Sections], Claim]
 
 def _dosage(sections: Sections) -> Claim:
     use = "Following a number that makes things worse"
-    rule = (
-        f"yes: over all templates p is at most {P:g} against random readers and against other concepts', and most single slopes beat "
-        "random readers. with care: p alone."
-    )
+    rule = "over all templates beyond random readers and beyond other concepts'; yes only if most single slopes are, too"
     found = _there(sections, "dosage")
     if found is None:
         return _claim(use, NOT_TESTED, "", rule)
@@ -139,7 +133,7 @@ def _dosage(sections: Sections) -> Claim:
 
 def _norms(sections: Sections) -> Claim:
     use = "Standing for valence and arousal"
-    rule = f"yes: for both, the interval of |r| of the component that carries it is above {NORM:g}, p at most {P:g}. with care: p alone."
+    rule = f"|r| of the component that carries it, at least {NORM:g} for both; beyond shuffled ratings"
     found = _there(sections, "geometry")
     part = None if found is None else found["components"].get(str(found["read_layer"]))
     if part is None:
@@ -148,7 +142,8 @@ def _norms(sections: Sections) -> Claim:
     for norm, told in part["norms"].items():
         r = told["r"][told["carried_by"]]
         sure = None not in (r["low"], r["high"]) and r["low"] * r["high"] > 0
-        size = {"low": min(abs(r["low"]), abs(r["high"])) if sure else 0.0}
+        low, high = sorted((abs(r["low"]), abs(r["high"]))) if sure else (0.0, 0.0)
+        size = {"low": low, "high": high}
         grades.append(graded(size, told["null"]["p"], NORM, also=sure))
         evidence.append(f"{norm}: PC{told['carried_by'] + 1}, r {said(r)}, p {chance(told['null']['p'])}")
     return _claim(use, worst(grades), "; ".join(evidence), rule)
@@ -156,15 +151,12 @@ def _norms(sections: Sections) -> Claim:
 
 def _stable(sections: Sections) -> Claim:
     use = "Depending little on which stories were told"
-    rule = (
-        f"yes: from halves of the topics, the interval of directions found again lies above {AGAIN:g}. with care: the cosine's lies above "
-        "what other concepts' directions reach."
-    )
+    rule = f"directions found again in the other half of the topics, at least {AGAIN:g}; cosine beyond other concepts' directions"
     found = _there(sections, "stability")
     halves = {} if found is None else found["halves"]
     if not halves or "skipped" in halves:
         return _claim(use, NOT_TESTED, "", rule)
-    verdict = YES if halves["found_again"]["low"] >= AGAIN else CARE if halves["cosine"]["low"] > halves["others_high"] else NOT_SHOWN
+    verdict = graded(halves["found_again"], 0.0, AGAIN, also=halves["cosine"]["low"] > halves["others_high"])
     evidence = f"found again {said(halves['found_again'])}; cosine {said(halves['cosine'])}, others up to {plain(halves['others_high'])}"
     return _claim(use, verdict, evidence, rule)
 
@@ -174,11 +166,7 @@ def _stable(sections: Sections) -> Claim:
 
 def _naming(sections: Sections) -> Claim:
     use = "Steering which feeling is named"
-    rule = (
-        f"yes: the interval of the share of words beyond every random direction lies above {NAMED:g}, and the mean slope has p of at most "
-        f"{P:g} against random and "
-        "other directions. with care: the latter alone."
-    )
+    rule = f"words that rise beyond every random direction, at least {NAMED:g}; mean slope beyond random and other directions"
     found = _there(sections, "causality")
     if found is None or "skipped" in found["naming"]:
         return _claim(use, NOT_TESTED, "", rule)
@@ -192,10 +180,8 @@ def _naming(sections: Sections) -> Claim:
 def _writing(sections: Sections) -> Claim:
     use = "Steering the feeling of what is written"
     rule = (
-        f"yes: at the smallest dose, read back without steering, the own concept's rise has an interval above zero and p of at most {P:g} "
-        f"against random and other "
-        f"directions, and the interval of the share of concepts that read highest in their own texts lies above {WRITTEN:g}. with care: "
-        f"all but the last."
+        f"at the smallest dose, read back without steering: concepts that are highest in their own texts, at least {WRITTEN:g}; their rise "
+        "beyond random and other directions"
     )
     found = _there(sections, "causality")
     read = {} if found is None else found["writing"]["read"].get("held-out layer", {})
@@ -214,8 +200,10 @@ RULES: tuple[Callable[[Sections], Claim], ...] = (
     _classified("topics", "top1", "Naming the single feeling, in texts like its corpus", WORD),
     _classified("register", "family", "Telling families apart in a register it was not made from", FAMILY),
     _classified("register", "top1", "Naming the single feeling in a register it was not made from", WORD),
-    _implied("families", "1", "Telling the family of a feeling that is only implied"),
-    _implied("concepts", "5", "Having an implied feeling among the first five"),
+    _implied("families", "1", "Telling the family of a feeling that a message only implies, over its words", "user's words"),
+    _implied("concepts", "5", "Having an implied feeling among the first five, over the message's words", "user's words"),
+    _implied("families", "1", "Telling the family of an implied feeling just before the answer"),
+    _implied("concepts", "5", "Having an implied feeling among the first five just before the answer"),
     _others,
     _speaker("user's words", "user_emotion", "Reading the user's feeling in the user's words"),
     _speaker("before the answer", "assistant_emotion", "Foreseeing the answer's feeling before it is written"),
@@ -231,10 +219,10 @@ RULES: tuple[Callable[[Sections], Claim], ...] = (
 def part(claims: Sequence[Claim], *, quick: bool = False) -> Html:
     """The table at the top of the report."""
     note = (
-        "By rules that are stated, from the sections below. With care: better than nothing and chance, not good enough to rely on case by "
-        "case. Not shown is not the same as "
-        "shown not to be. Nothing here says that a model feels anything."
+        f"By the rules below. Yes: beyond the null (p at most {P:g}), and the interval lies above the rule's figure. With care: beyond the "
+        "null, and the figure lies within the interval. Too weak: beyond the null, and the interval lies below the figure. Not shown: not "
+        "beyond the null. Nothing here says that a model feels anything."
         + (" A quick run: fewer texts and draws, for a look, not for a claim." if quick else "")
     )
-    rows = [[claim["use"], claim["verdict"], claim["evidence"], claim["rule"]] for claim in claims]
-    return table(["use", "verdict", "evidence", "rule"], rows, title="What it may be used for", note=note)
+    rows = [[claim["use"], tag("strong", claim["verdict"]), claim["evidence"], claim["rule"]] for claim in claims]
+    return table(["use", "verdict", "evidence (95 %)", "rule"], rows, title="What it may be used for", note=note)
