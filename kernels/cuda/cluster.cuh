@@ -78,9 +78,9 @@ __device__ __forceinline__ void after_earlier_kernels() { asm volatile("griddepc
 
 #endif
 
-__device__ __forceinline__ void prefetch_floats(const float* global, int64_t count) {
+__device__ __forceinline__ void prefetch_floats(const float* global, int count) {
 #pragma unroll 1
-  for (int64_t i = 0; i < count; i += 32) prefetch(global + i);
+  for (int i = 0; i < count; i += 32) prefetch(global + i);
 }
 
 }  // namespace ev

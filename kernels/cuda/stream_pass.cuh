@@ -8,14 +8,13 @@ enum : int {
   kLanes = 8,            // that share a token's 128 bytes, so that a warp reads and writes whole lines
   kApart = 32 / kLanes,  // a warp has so many tokens at a time, so a lane's are so far apart
   kFewRules = 4,         // whose directions a lane has in flight
-  kAhead = 8,            // steps by which the first pass asks for deltas before it needs them; in the second it does not pay
 };
 
 // Tokens of a lane in a pass.
 template <bool FIRST>
 constexpr int kRounds = kTokens * kLanes / 32 / (FIRST ? kStreamers : kProducts);
 
-// What steering adds to a lane's vectors of FEW tokens. It is fetched while those before are written.
+// What steering adds to a lane's vectors of FEW tokens.
 template <class T, int FEW>
 struct Change {
   bool writes[FEW];
@@ -33,7 +32,7 @@ class StreamPass : public StreamBlock {
   // The lane's first token.
   template <bool FIRST>
   __device__ __forceinline__ int token() const {
-    return warp_token<FIRST>() + lane() / kLanes;
+    return (threadIdx.x / 32 - (FIRST ? 1 : 2) * kGroup / 32) * kRounds<FIRST> * kApart + lane() / kLanes;
   }
 
   // x + delta back to x for tokens with a row in `rows`; in the first pass squares, in the second what the rules add.
@@ -41,30 +40,28 @@ class StreamPass : public StreamBlock {
   __device__ __forceinline__ void stream(const int32_t* rows, int rules, float (&square)[kRounds<FIRST>]) const {
     using V = Vector<T>;
     constexpr int few = FIRST && !RESIDUAL ? 4 : 2, batches = kRounds<FIRST> / few;  // tokens at a time
-    static_assert(batches % 2 == 0, "two changes take turns");
+    constexpr int buffers = FIRST ? 1 : 2;  // in the first pass, fetching the next change meanwhile did not pay
+    static_assert(batches % buffers == 0, "changes take turns");
     const int t = token<FIRST>(), vector = lane() % kLanes;
     const int place = t * kBoxBytes + ((vector ^ (t & 7)) << 4);  // in a stage
     int at = slice() * cut.steps * kColumns + vector * V::kSize;
     T* out = static_cast<T*>(a.x) + (first() + t) * a.x_stride + at;
-    Change<T, few> change[2];
-    int32_t prefetched = -1;
-    if constexpr (FIRST && ADDS) {
-      prefetched = one_of_each(rows);
-#pragma unroll 1
-      for (int step = 0; step < kAhead; ++step) prefetch_delta(prefetched, step);
-    }
-    if (ADDS) fetch<FIRST>(change[0], rows, rules, t, at);
+    Change<T, few> change[buffers];
+    if (buffers == 2) fetch<FIRST>(change[0], rows, rules, t, at);
     Turn turn;
 #pragma unroll 1
     for (int step = 0; step < steps(); ++step, at += kColumns, out += kColumns) {
       const char* const stage = shared() + turn.slot * kTokenBytes;
-      if (FIRST && ADDS) prefetch_delta(prefetched, step + kAhead);
 #pragma unroll
       for (int batch = 0; batch < batches; ++batch) {
-        Change<T, few>& now = change[batch % 2];
-        if (!FIRST) add_rules(now, rules, t + batch * few * kApart, at);
-        const int next = (batch + 1) % batches;
-        if (ADDS) fetch<FIRST>(change[(batch + 1) % 2], rows, rules, t + next * few * kApart, next == 0 ? at + kColumns : at);
+        Change<T, few>& now = change[batch % buffers];
+        if constexpr (buffers == 2) {
+          add_rules(now, rules, t + batch * few * kApart, at);
+          const int next = (batch + 1) % batches;
+          fetch<FIRST>(change[(batch + 1) % 2], rows, rules, t + next * few * kApart, next == 0 ? at + kColumns : at);
+        } else if (ADDS) {
+          fetch<FIRST>(now, rows, rules, t + batch * few * kApart, at);
+        }
         if (batch == 0) wait(rings().tokens[FIRST ? 0 : 1].landed + turn.slot, turn.phase);
 #pragma unroll
         for (int i = 0; i < few; ++i) {
@@ -95,11 +92,6 @@ class StreamPass : public StreamBlock {
   }
 
  private:
-  template <bool FIRST>
-  __device__ __forceinline__ int warp_token() const {
-    return (threadIdx.x / 32 - (FIRST ? 1 : 2) * kGroup / 32) * kRounds<FIRST> * kApart;
-  }
-
   // Tokens t, t + kApart, ...: their deltas, and the directions of their first rules.
   template <bool FIRST, class T, int FEW>
   __device__ __forceinline__ void fetch(Change<T, FEW>& change, const int32_t* rows, int rules, int t, int at) const {
@@ -144,18 +136,6 @@ class StreamPass : public StreamBlock {
         }
       }
     }
-  }
-
-  // One lane for each row that steers tokens of a streamers' warp: that row. The other lanes: -1.
-  __device__ __forceinline__ int32_t one_of_each(const int32_t* rows) const {
-    const int32_t j = rows[warp_token<true>() + lane()];
-    return (__match_any_sync(~0u, j) & ((1u << lane()) - 1)) == 0 ? j : -1;
-  }
-
-  // Row j's delta for a step, into the L2 cache, where all blocks find it.
-  __device__ __forceinline__ void prefetch_delta(int32_t j, int step) const {
-    const int64_t at = static_cast<int64_t>(slice() * cut.steps + step) * kColumns, left = a.d - at;
-    if (j >= 0 && step < steps()) prefetch_floats(a.table.delta + j * a.d + at, left < kColumns ? left : kColumns);
   }
 };
 

@@ -91,7 +91,8 @@ class Stream : StreamPass {
   __device__ __forceinline__ void sort(int t) const {
     if (!sort_token(a, first(), count(), t, tokens())) return;
     tokens().any_waits = true;  // seen by the others when they have met
-    const int64_t j = ev_own_row(a, first() + t), rules = a.table.rules;
+    const int64_t j = ev_own_row(a, first() + t);
+    const int rules = static_cast<int>(a.table.rules);
     prefetch(a.table.gate_threshold + j);
     prefetch_floats(a.table.rule_bounds + j * rules * 3, rules * 3);
     prefetch_floats(a.table.rule_solve + j * rules * rules, rules * rules);

@@ -481,18 +481,6 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   });
   return block.lane().out[0];
 }
-inline unsigned __match_any_sync(unsigned, int value) {
-  ev::Block& block = ev::Block::current();
-  std::memcpy(&block.lane().value, &value, 4);
-  block.meet_warp([](ev::Lane* lanes) {
-    for (int l = 0; l < 32; ++l) {
-      unsigned same = 0;
-      for (int other = 0; other < 32; ++other) same |= static_cast<unsigned>(std::memcmp(&lanes[l].value, &lanes[other].value, 4) == 0) << other;
-      lanes[l].out[0] = same;
-    }
-  });
-  return block.lane().out[0];
-}
 inline float emulated_shuffle(float value, int from) {
   ev::Block& block = ev::Block::current();
   block.lane().value = value;
