@@ -15,6 +15,7 @@ from torch import Tensor
 from emovec import bank_file
 from emovec.bank_layer import KINDS, BankError, BankLayer, Baseline, UnknownConcept, nearest, shown, unknown
 from emovec.fingerprint import differences, fingerprint, is_fingerprint, template_hash
+from emovec.readout import Readout
 
 __all__ = [
     "KINDS",
@@ -22,6 +23,7 @@ __all__ = [
     "BankError",
     "BankLayer",
     "Baseline",
+    "Readout",
     "UnknownConcept",
     "UnknownLayer",
     "fingerprint",
@@ -50,6 +52,7 @@ class Bank(Mapping[int, BankLayer]):
         layers: the layers, in any order.
         read_layer: the layer to read at; default: the one two thirds up the list.
         steer_layers: the layers to steer at; default: the layer to read at.
+        readout: the layers to read at together, if scores come from more than ``read_layer``, which is one of them.
         families: family -> its concepts.
         meta: what is known of the bank's making, as JSON: ``model``, ``fingerprint`` (see :func:`fingerprint`),
             ``chat_template`` (see :func:`template_hash`), ``corpus``, ``recipe``, ... None of it is required.
@@ -65,6 +68,8 @@ class Bank(Mapping[int, BankLayer]):
         steer_layers: Sequence[int] | None = None,
         families: Mapping[str, Sequence[str]] | None = None,
         meta: Mapping[str, Any] | None = None,
+        *,
+        readout: Readout | None = None,
     ) -> None:
         ordered = sorted(layers, key=lambda layer: layer.index)
         if not ordered:
@@ -88,10 +93,22 @@ class Bank(Mapping[int, BankLayer]):
             raise BankError("meta['fingerprint'] is not what emovec.fingerprint gives")
         for index in (self.read_layer, *self.steer_layers):
             self[index]
+        self.readout = readout
+        if readout is not None:
+            self._check_readout(readout)
         for family, members in self.families.items():
             for name in members:
                 if name not in self.names:
                     raise BankError(f"family {shown(family)}: {unknown(name, self.names)}")
+
+    def _check_readout(self, readout: Readout) -> None:
+        for index in readout.layers:
+            if not self[index].baselines:
+                raise BankError(f"layer {index} is not calibrated: without z-scores it cannot be read together with others")
+        if self.read_layer not in readout.layers:
+            raise BankError(f"the layer to read at, {self.read_layer}, is not among those of the readout, {list(readout.layers)}")
+        if readout.concepts != len(self.names):
+            raise BankError(f"the readout has baselines of {readout.concepts} concepts, the bank has {len(self.names)}")
 
     # --- a mapping of layers --------------------------------------------------------------------------------------
 
@@ -110,7 +127,7 @@ class Bank(Mapping[int, BankLayer]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Bank):
             return NotImplemented
-        return self._header() == other._header() and self._layers == other._layers
+        return self._header() == other._header() and self._layers == other._layers and self.readout == other.readout
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -119,7 +136,7 @@ class Bank(Mapping[int, BankLayer]):
         of = "" if model is None else f" of {model}"
         return (
             f"Bank({len(self.names)} concepts{of}, d={self.width}, layers {', '.join(map(str, self.layers))}; "
-            f"read at {self.read_layer}, steer at {', '.join(map(str, self.steer_layers))})"
+            f"read at {', '.join(map(str, self.read_layers))}, steer at {', '.join(map(str, self.steer_layers))})"
         )
 
     def resolve(self, name: str) -> int:
@@ -130,11 +147,34 @@ class Bank(Mapping[int, BankLayer]):
         """
         return self._layers[self.read_layer].resolve(name)
 
+    @property
+    def read_layers(self) -> tuple[int, ...]:
+        """The layers that a score comes from: those of the readout, or the one to read at."""
+        return (self.read_layer,) if self.readout is None else self.readout.layers
+
+    def score(self, streams: Mapping[int, Tensor], kind: str = "prompt") -> Tensor:
+        """The scores [..., K] of residual streams, in fp64: what a probe reads from them, but for its rounding.
+
+        Args:
+            streams: layer -> [..., d] in any float dtype, for each of ``read_layers``; of single tokens, or of means over tokens.
+            kind: of position, whose baseline counts.
+        """
+        scores = {}
+        for index in self.read_layers:
+            layer = self[index]
+            readers = layer.directions if layer.readers is None else layer.readers
+            stream = streams[index].double()
+            scores[index] = stream @ readers.to(stream).T
+            if layer.baselines:
+                baseline = layer.baseline(kind)
+                scores[index] = (scores[index] - baseline.mean.nan_to_num(0.0).to(stream)) / baseline.std.nan_to_num(1.0).to(stream)
+        return scores[self.read_layer] if self.readout is None else self.readout.combine(scores, kind)
+
     # --- files ----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the bank to ``path`` as one safetensors file, all or nothing. The same bank gives the same bytes."""
-        bank_file.write(path, list(self.values()), self._header())
+        bank_file.write(path, list(self.values()), self._header(), self.readout)
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -180,6 +220,7 @@ class Bank(Mapping[int, BankLayer]):
         """The bank with these concepts, in this order, and these layers only.
 
         If the layer to read at is left out, the nearest that stays takes its place; if no layer to steer at stays, it is that too.
+        If one of several that are read together is left out, it is the only layer to read at.
         """
         kept = [self[index] for index in (self.layers if layers is None else layers)]
         if not kept:
@@ -189,9 +230,13 @@ class Bank(Mapping[int, BankLayer]):
         indices = [layer.index for layer in kept]
         read_layer = min(indices, key=lambda index: abs(index - self.read_layer))
         steer_layers = [index for index in self.steer_layers if index in indices] or [read_layer]
+        readout = self.readout if self.readout is not None and set(self.readout.layers) <= set(indices) else None
+        if readout is not None and names is not None:
+            readout = readout.subset([self.resolve(name) for name in names])
         wanted = set(self.names if names is None else names)
         families = {family: [name for name in members if name in wanted] for family, members in self.families.items()}
-        return Bank(kept, read_layer, steer_layers, {family: members for family, members in families.items() if members}, self.meta)
+        families = {family: members for family, members in families.items() if members}
+        return Bank(kept, read_layer, steer_layers, families, self.meta, readout=readout)
 
     def add(
         self,
@@ -200,6 +245,7 @@ class Bank(Mapping[int, BankLayer]):
         *,
         readers: Mapping[int, Tensor] | None = None,
         baselines: Mapping[int, Mapping[str, Baseline]] | None = None,
+        readout: Mapping[str, Baseline] | None = None,
         family: str | None = None,
     ) -> Bank:
         """The bank with one more concept.
@@ -210,6 +256,7 @@ class Bank(Mapping[int, BankLayer]):
             readers: layer -> [d] to read with; default: the directions, made unit.
             baselines: layer -> kind of position -> Baseline of [1], projections on the readers. Without one the concept
                 can be added and ablated; its scores are raw projections, and bounds and gates on it are refused.
+            readout: kind of position -> Baseline of [1] of the mean z-score, where the bank is read at several layers.
             family: a family to put the concept into, new or known.
         """
         if set(directions) != set(self.layers):
@@ -220,7 +267,8 @@ class Bank(Mapping[int, BankLayer]):
             reader = None if readers is None or index not in readers else readers[index].detach().to("cpu", torch.float32).reshape(1, -1)
             added.append(replace(layer, readers=reader, baselines=(baselines or {}).get(index, {})))
         families = {} if family is None else {family: [name]}
-        return self._joined(Bank(added, self.read_layer, families=families), self.meta)
+        together = Readout(self.readout.layers, readout) if self.readout is not None and readout else None
+        return self._joined(Bank(added, self.read_layer, families=families, readout=together), self.meta)
 
     def merge(self, other: Bank) -> Bank:
         """The union with another bank of the same model: other concepts at the same layers, or the same concepts at other layers.
@@ -237,9 +285,10 @@ class Bank(Mapping[int, BankLayer]):
         if self.width != other.width:
             raise BankError(f"the bank is {self.width} wide, what joins it is {other.width}")
         if self.names == other.names and not set(self.layers) & set(other.layers):
-            layers = [*self.values(), *other.values()]
+            layers, readout = [*self.values(), *other.values()], self.readout
         elif self.layers == other.layers and not set(self.names) & set(other.names):
             layers = [self[index].join(other[index]) for index in self.layers]
+            readout = None if self.readout is None else self.readout.join(other.readout, len(other.names))
         else:
             names, shared = sorted(set(self.names) & set(other.names)), sorted(set(self.layers) & set(other.layers))
             raise BankError(
@@ -254,7 +303,7 @@ class Bank(Mapping[int, BankLayer]):
         families = {family: [*members, *other.families.get(family, ())] for family, members in self.families.items()}
         families |= {family: list(members) for family, members in other.families.items() if family not in families}
         families = {family: list(dict.fromkeys(members)) for family, members in families.items()}
-        return Bank(layers, self.read_layer, self.steer_layers, families, meta)
+        return Bank(layers, self.read_layer, self.steer_layers, families, meta, readout=readout)
 
 
 def shipped_banks() -> list[str]:
@@ -273,8 +322,8 @@ def load_bank(name_or_path: str | os.PathLike[str]) -> Bank:
     if not path.is_file():
         near = ", ".join(nearest(name_or_path, shipped)) or "none"
         raise BankError(f"{path}: no such file, and no bank of that name is shipped; nearest shipped: {near}")
-    layers, header = bank_file.read(path)
+    layers, header, readout = bank_file.read(path)
     try:
-        return Bank(layers, header["read_layer"], header["steer_layers"], header["families"], header["meta"])
+        return Bank(layers, header["read_layer"], header["steer_layers"], header["families"], header["meta"], readout=readout)
     except (BankError, TypeError) as error:
         raise BankError(f"{path}: {error}") from None

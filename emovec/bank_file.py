@@ -14,6 +14,7 @@ import safetensors.torch
 from torch import Tensor
 
 from emovec.bank_layer import KINDS, BankError, BankLayer, Baseline, check_names, shown
+from emovec.readout import Readout
 
 FORMAT = 1
 KEY = "emovec"
@@ -21,8 +22,8 @@ MAX_HEADER = 8 << 20  # bytes of JSON; a bank of 1,024 concepts with its evidenc
 _OPTIONAL = ("readers", "raw_norm", "grand_mean")
 
 
-def write(path: str | os.PathLike[str], layers: Sequence[BankLayer], header: Mapping[str, Any]) -> None:
-    """Write ``layers`` and ``header`` to ``path``, all or nothing. The same bank gives the same bytes."""
+def write(path: str | os.PathLike[str], layers: Sequence[BankLayer], header: Mapping[str, Any], readout: Readout | None = None) -> None:
+    """Write ``layers``, ``header`` and ``readout`` to ``path``, all or nothing. The same bank gives the same bytes."""
     tensors: dict[str, Tensor] = {}
     described: dict[str, Any] = {}
     for layer in layers:
@@ -40,6 +41,13 @@ def write(path: str | os.PathLike[str], layers: Sequence[BankLayer], header: Map
             "random_null_count": None if null is None else null.count,
         }
     content = {"format": FORMAT, "names": list(layers[0].names), "layers": described, **header}
+    if readout is not None:
+        content["readout"] = {
+            "layers": list(readout.layers),
+            "baseline_count": {kind: one.count for kind, one in readout.baselines.items()},
+        }
+        for kind, one in readout.baselines.items():
+            tensors[f"readout.baseline.{kind}.mean"], tensors[f"readout.baseline.{kind}.std"] = one.mean, one.std
     text = json.dumps(content, sort_keys=True, allow_nan=False)
     if len(text) > MAX_HEADER:
         raise BankError(f"the bank's header would have {len(text)} bytes, more than {MAX_HEADER}")
@@ -69,8 +77,8 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def read(path: Path) -> tuple[list[BankLayer], dict[str, Any]]:
-    """The layers and the header of the bank at ``path``, with everything checked."""
+def read(path: Path) -> tuple[list[BankLayer], dict[str, Any], Readout | None]:
+    """The layers, the header and the readout of the bank at ``path``, with everything checked."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = _header((file.metadata() or {}).get(KEY))
@@ -78,7 +86,7 @@ def read(path: Path) -> tuple[list[BankLayer], dict[str, Any]]:
             _check_tensors(header, {name: (part.get_dtype(), list(part.get_shape())) for name, part in shapes.items()})
             # cloned: what safetensors returns may be a view of the file, which another process can change
             tensors = {name: file.get_tensor(name).clone() for name in shapes}
-        return _layers(header, tensors), header
+        return _layers(header, tensors), header, _readout(header, tensors)
     except BankError as error:
         raise BankError(f"{path}: {error}") from None
     except (OSError, safetensors.SafetensorError) as error:
@@ -100,6 +108,11 @@ def _header(text: str | None) -> dict[str, Any]:
     for key, kind in (("names", list), ("layers", dict), ("read_layer", int), ("steer_layers", list), ("families", dict), ("meta", dict)):
         if key not in header or not isinstance(header[key], kind):
             raise BankError(f"header key {key!r} is missing or not a {kind.__name__}")
+    readout = header.get("readout")
+    if readout is not None:
+        listed = isinstance(readout, dict) and set(readout) == {"layers", "baseline_count"} and isinstance(readout["layers"], list)
+        if not listed or not isinstance(readout["baseline_count"], dict) or not set(readout["baseline_count"]) <= set(KINDS):
+            raise BankError("header key 'readout' is not an object of layers and baseline_count")
     check_names(header["names"])
     for name, layer in header["layers"].items():
         if not (name.isascii() and name.isdigit() and len(name) < 7 and str(int(name)) == name):
@@ -134,6 +147,8 @@ def _check_tensors(header: dict[str, Any], found: dict[str, tuple[str, list[int]
         if layer["random_null_count"] is not None:
             required[f"{prefix}.random_null.mean"] = required[f"{prefix}.random_null.std"] = None
         optional |= {f"{prefix}.readers": [concepts, width], f"{prefix}.raw_norm": [concepts], f"{prefix}.grand_mean": [width]}
+    for kind in (header.get("readout") or {}).get("baseline_count", ()):
+        required[f"readout.baseline.{kind}.mean"] = required[f"readout.baseline.{kind}.std"] = [concepts]
     for name in required:
         if name not in found:
             raise BankError(f"{name} is missing")
@@ -152,12 +167,6 @@ def _layers(header: dict[str, Any], tensors: dict[str, Tensor]) -> list[BankLaye
     for index, described in header["layers"].items():
         prefix = f"layers.{index}"
 
-        def baseline(name: str, count: Any, prefix: str = prefix) -> Baseline:
-            try:
-                return Baseline(tensors[f"{prefix}.{name}.mean"], tensors[f"{prefix}.{name}.std"], count)
-            except BankError as error:
-                raise BankError(f"{prefix}.{name}: {error}") from None
-
         null = described["random_null_count"]
         layers.append(
             BankLayer(
@@ -165,9 +174,26 @@ def _layers(header: dict[str, Any], tensors: dict[str, Tensor]) -> list[BankLaye
                 names=tuple(header["names"]),
                 directions=tensors[f"{prefix}.directions"],
                 **{name: tensors.get(f"{prefix}.{name}") for name in _OPTIONAL},
-                baselines={kind: baseline(f"baseline.{kind}", count) for kind, count in described["baseline_count"].items()},
+                baselines={
+                    kind: _baseline(tensors, f"{prefix}.baseline.{kind}", count) for kind, count in described["baseline_count"].items()
+                },
                 residual_norm=described["residual_norm"],
-                random_null=None if null is None else baseline("random_null", null),
+                random_null=None if null is None else _baseline(tensors, f"{prefix}.random_null", null),
             )
         )
     return layers
+
+
+def _readout(header: dict[str, Any], tensors: dict[str, Tensor]) -> Readout | None:
+    described = header.get("readout")
+    if described is None:
+        return None
+    counts = described["baseline_count"].items()
+    return Readout(tuple(described["layers"]), {kind: _baseline(tensors, f"readout.baseline.{kind}", count) for kind, count in counts})
+
+
+def _baseline(tensors: dict[str, Tensor], name: str, count: Any) -> Baseline:
+    try:
+        return Baseline(tensors[f"{name}.mean"], tensors[f"{name}.std"], count)
+    except BankError as error:
+        raise BankError(f"{name}: {error}") from None

@@ -191,12 +191,10 @@ class BankLayer:
 
     def baseline(self, kind: str = "prompt") -> Baseline:
         """The baseline of one kind of position; if there is none, that of the first of prompt, generated, turn_start there is."""
-        if kind not in KINDS:
-            raise ValueError(f"unknown kind of position {shown(kind)}; known: {', '.join(KINDS)}")
-        for candidate in (kind, *_FALLBACK):
-            if candidate in self.baselines:
-                return self.baselines[candidate]
-        raise BankError(f"layer {self.index} is not calibrated: it has no baseline to express scores in")
+        found = baseline_of(self.baselines, kind)
+        if found is None:
+            raise BankError(f"layer {self.index} is not calibrated: it has no baseline to express scores in")
+        return found
 
     def operands(self, device: torch.device | str, dtype: torch.dtype, kind: str = "prompt") -> Operands:
         """The layer laid out for the op, kept for the next call. Concepts without a baseline score raw projections."""
@@ -230,11 +228,6 @@ class BankLayer:
             readers = None
         else:
             readers = torch.cat([layer.directions if layer.readers is None else layer.readers for layer in (self, other)])
-        baselines = {}
-        for kind in [kind for kind in KINDS if kind in self.baselines or kind in other.baselines]:
-            parts = [layer.baseline(kind) if layer.baselines else _no_baseline(k) for layer, k in zip((self, other), concepts, strict=True)]
-            count = min(part.count for part, layer in zip(parts, (self, other), strict=True) if layer.baselines)
-            baselines[kind] = Baseline(torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts]), count)
         return BankLayer(
             index=self.index,
             names=self.names + other.names,
@@ -242,7 +235,7 @@ class BankLayer:
             readers=readers,
             raw_norm=None if self.raw_norm is None or other.raw_norm is None else torch.cat([self.raw_norm, other.raw_norm]),
             grand_mean=other.grand_mean if self.grand_mean is None else self.grand_mean,
-            baselines=baselines,
+            baselines=join_baselines((self.baselines, other.baselines), concepts),
             residual_norm=other.residual_norm if self.residual_norm is None else self.residual_norm,
             random_null=other.random_null if self.random_null is None else self.random_null,
         )
@@ -282,8 +275,23 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-def _no_baseline(concepts: int) -> Baseline:
-    return Baseline(torch.full((concepts,), torch.nan), torch.full((concepts,), torch.nan), 1)
+def baseline_of(baselines: Mapping[str, Baseline], kind: str) -> Baseline | None:
+    """The one for ``kind``; if there is none, that of the first of prompt, generated, turn_start there is."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of position {shown(kind)}; known: {', '.join(KINDS)}")
+    return next((baselines[candidate] for candidate in (kind, *_FALLBACK) if candidate in baselines), None)
+
+
+def join_baselines(parts: Sequence[Mapping[str, Baseline]], concepts: Sequence[int]) -> dict[str, Baseline]:
+    """The baselines of one part's concepts after another's, each by kind; NaN where a part, of so many concepts, has none."""
+    joined = {}
+    for kind in [kind for kind in KINDS if any(kind in part for part in parts)]:
+        found = [baseline_of(part, kind) for part in parts]
+        count = min(baseline.count for baseline in found if baseline is not None)
+        empty = [Baseline(torch.full((k,), torch.nan), torch.full((k,), torch.nan), 1) for k in concepts]
+        rows = [missing if baseline is None else baseline for baseline, missing in zip(found, empty, strict=True)]
+        joined[kind] = Baseline(torch.cat([row.mean for row in rows]), torch.cat([row.std for row in rows]), count)
+    return joined
 
 
 def _is_int(value: object) -> bool:

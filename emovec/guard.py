@@ -64,41 +64,52 @@ class Guard:
 class _Bound:
     """A threshold with what a bank and a tokenizer make of it.
 
-    weights: kind -> [K] fp64 and offsets: kind -> number, from scores against the baseline of prompts (which the op gives)
-    to the value that is watched.
+    weights: kind -> layer -> [K] fp64 and offsets: kind -> number, from scores against the baseline of prompts (which the op
+    gives) to the value that is watched.
     """
 
     def __init__(self, threshold: Threshold, bank: Bank, tokenizer: Any) -> None:
         self.threshold, self.action = threshold, threshold.action
-        self.layer = bank.read_layer if threshold.layer is None else threshold.layer
+        self.layers = bank.read_layers if threshold.layer is None else (threshold.layer,)
         weights = threshold.weights(bank.names, bank.families)
-        lacking = [bank.names[k] for k in weights.nonzero().flatten().tolist() if bank.names[k] in bank[self.layer].uncalibrated]
-        if lacking:
-            raise ValueError(
-                f"threshold on {shown(threshold.label)}: layer {self.layer} has no baseline for {', '.join(map(shown, lacking[:3]))}, so "
-                "its scores are raw projections, and a threshold in score units means nothing; use a calibrated bank"
-            )
-        rescale = Rescale.of(bank[self.layer])
-        self.weights = {"prompt": weights, "generated": weights if rescale is None else weights * rescale.gain.double()}
-        self.offsets = {"prompt": 0.0, "generated": 0.0 if rescale is None else float(weights @ rescale.offset.double())}
+        for layer in self.layers:
+            lacking = [bank.names[k] for k in weights.nonzero().flatten().tolist() if bank.names[k] in bank[layer].uncalibrated]
+            if lacking:
+                raise ValueError(
+                    f"threshold on {shown(threshold.label)}: layer {layer} has no baseline for {', '.join(map(shown, lacking[:3]))}, so "
+                    "its scores are raw projections, and a threshold in score units means nothing; use a calibrated bank"
+                )
+        readout = bank.readout if threshold.layer is None else None
+        self.weights: dict[str, dict[int, Tensor]] = {"prompt": {}, "generated": {}}
+        self.offsets = {"prompt": 0.0, "generated": 0.0}
+        for kind, onto in self.weights.items():
+            of_layer = weights
+            if readout is not None:  # the mean of the layers' z-scores, less its mean and over its deviation
+                mean, std = (part.double() for part in readout.baseline(kind))
+                of_layer = weights / std / len(self.layers)
+                self.offsets[kind] = -float(weights / std @ mean)
+            for layer in self.layers:
+                rescale = Rescale.of(bank[layer]) if kind == "generated" else None
+                onto[layer] = of_layer if rescale is None else of_layer * rescale.gain.double()
+                self.offsets[kind] += 0.0 if rescale is None else float(of_layer @ rescale.offset.double())
         self.tokens = _refusal(self.action, tokenizer) if isinstance(self.action, Refuse) else []
         self.steer = Steering.parse(self.action.value, bank.names) if isinstance(self.action, Steer) else None
 
     def event(self, sequence: int, position: int, kind: str, value: float) -> GuardEvent:
         action = self.action.name if isinstance(self.action, Stop | Refuse | Steer) else "callback"
-        return GuardEvent(sequence, position, kind, self.threshold.label, value, self.threshold.above, self.layer, action)
+        return GuardEvent(sequence, position, kind, self.threshold.label, value, self.threshold.above, self.layers, action)
 
 
 class Watching:
     """A guard at work on one probe: the state of every threshold in every sequence of the batch."""
 
     def __init__(self, bound: Sequence[_Bound]) -> None:
-        self.layers = tuple(sorted({one.layer for one in bound}))
+        self.layers = tuple(sorted({layer for one in bound for layer in one.layers}))
         self.steers = tuple(one.steer for one in bound if one.steer is not None)
         self.overlaid: dict[int, int] = {}
         self.events: list[GuardEvent] = []
         self._bound = tuple(bound)
-        self._weights: dict[tuple[int, str, torch.device], Tensor] = {}
+        self._weights: dict[tuple[int, str, int, torch.device], Tensor] = {}
         self._courses: list[list[Course]] = []
         self._forced: dict[int, list[int]] = {}  # sequence -> the tokens it is still to write before it ends
         self._seen, self._positions = 0, [0]
@@ -135,16 +146,21 @@ class Watching:
         """[batch][width][thresholds]: what is watched, before smoothing. One copy to the host."""
         values = []
         for index, one in enumerate(self._bound):
-            stream = scores[one.layer][: span.tokens].view(span.batch, span.width, len(one.weights["prompt"]))
-            parts = {"prompt": stream[:, : span.prompt], "generated": stream[:, span.prompt :]}
-            values.append(torch.cat([part @ self._weight(index, kind, part.device) + one.offsets[kind] for kind, part in parts.items()], 1))
+            watched = []
+            for layer in one.layers:
+                stream = scores[layer][: span.tokens].view(span.batch, span.width, -1)
+                parts = {"prompt": stream[:, : span.prompt], "generated": stream[:, span.prompt :]}
+                watched.append(torch.cat([part @ self._weight(index, kind, layer, part.device) for kind, part in parts.items()], 1))
+            offset = torch.tensor([one.offsets["prompt"]] * span.prompt + [one.offsets["generated"]] * (span.width - span.prompt))
+            first = watched[0].device
+            values.append(sum((part.to(first) for part in watched[1:]), watched[0]) + offset.to(first))
         on_host: list[list[list[float]]] = torch.stack([value.to(values[0].device) for value in values], -1).tolist()
         return on_host
 
-    def _weight(self, index: int, kind: str, device: torch.device) -> Tensor:
-        key = (index, kind, device)
+    def _weight(self, index: int, kind: str, layer: int, device: torch.device) -> Tensor:
+        key = (index, kind, layer, device)
         if key not in self._weights:
-            self._weights[key] = self._bound[index].weights[kind].to(device, torch.float32)
+            self._weights[key] = self._bound[index].weights[kind][layer].to(device, torch.float32)
         return self._weights[key]
 
     def _take(self, sequence: int, kind: str, values: Sequence[float]) -> None:

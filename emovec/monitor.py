@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -38,6 +38,7 @@ class Reading:
         kinds: for each token "prompt" or "generated" (any other word is allowed).
         tokens: [T] token ids.
         read_layer: the layer that ``scores`` and all methods read; default: the last of the layers.
+        together: several layers, and the scores [T, K] that come from all of them: then these are what ``scores`` and all methods read.
         tokenizer: turns token ids into text; anything with transformers' ``decode``.
         families: family -> its concepts; those that are not among ``names`` are ignored.
         calibrated: whether the scores are z-scores.
@@ -61,6 +62,7 @@ class Reading:
         tokenizer: Any = None,
         families: Mapping[str, Sequence[str]] | None = None,
         *,
+        together: tuple[tuple[int, ...], Tensor] | None = None,
         calibrated: bool = True,
         positions: range | None = None,
     ) -> None:
@@ -72,6 +74,7 @@ class Reading:
         self.kind: tuple[str, ...] = tuple(kinds)
         self.tokens = tokens
         self.layer: int = self.layers[-1] if read_layer is None else read_layer
+        self._together = together
         self.tokenizer = tokenizer
         self.calibrated = calibrated
         self.positions = range(len(self.kind)) if positions is None else positions
@@ -79,9 +82,12 @@ class Reading:
         self._pieces: tuple[str, ...] | None = None
         self.at(self.layer)
         shape = (len(self.kind), len(self.names))
-        for layer, values in self._scores.items():
+        every = {f"layer {layer}": values for layer, values in self._scores.items()}
+        if together is not None:
+            every[self.where] = together[1]
+        for where, values in every.items():
             if tuple(values.shape) != shape:
-                raise ValueError(f"{shape[0]} kinds and {shape[1]} names want scores {list(shape)}, layer {layer} has {list(values.shape)}")
+                raise ValueError(f"{shape[0]} kinds and {shape[1]} names want scores {list(shape)}, {where} has {list(values.shape)}")
         if tokens is not None and tuple(tokens.shape) != shape[:1]:
             raise ValueError(f"tokens must be [{shape[0]}], got {list(tokens.shape)}")
         if len(self.positions) != shape[0]:
@@ -91,8 +97,18 @@ class Reading:
 
     @property
     def scores(self) -> Tensor:
-        """[T, K] at the layer to read at."""
-        return self._scores[self.layer]
+        """[T, K] at the layer to read at, or from the layers that are read together."""
+        return self._scores[self.layer] if self._together is None else self._together[1]
+
+    @property
+    def where(self) -> str:
+        """The layer or layers that ``scores`` come from, in words."""
+        return f"layer {self.layer}" if self._together is None else f"layers {', '.join(map(str, self.read_layers))} together"
+
+    @property
+    def read_layers(self) -> tuple[int, ...]:
+        """The layer or layers that ``scores`` come from."""
+        return (self.layer,) if self._together is None else self._together[0]
 
     @property
     def unit(self) -> str:
@@ -158,8 +174,7 @@ class Reading:
         if not (0 < halflife < math.inf):
             raise ValueError(f"halflife must be positive and finite, got {halflife}")
         lead = int(len(self) > 0 and self.positions[0] == 0)
-        smoothed = {layer: torch.cat([values[:lead].float(), _ewm(values[lead:], halflife)]) for layer, values in self._scores.items()}
-        return self._with(smoothed)
+        return self._with(lambda values: torch.cat([values[:lead].float(), _ewm(values[lead:], halflife)]))
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
@@ -198,7 +213,7 @@ class Reading:
         rows = range(len(self))[key]
         if rows.step < 0:
             raise ValueError(f"a reading keeps its tokens in order; got a step of {rows.step}")
-        part = self._with({layer: values[key] for layer, values in self._scores.items()}, key)
+        part = self._with(lambda values: values[key], key)
         if self.tokens is not None and self.tokenizer is not None:
             part._pieces = self.pieces[key]
         return part
@@ -209,7 +224,7 @@ class Reading:
         """A ``pandas.DataFrame`` with a row for each token (index: position, kind, token) and a column for each concept.
 
         Args:
-            layer: default: the layer to read at.
+            layer: default: what ``scores`` come from.
 
         Raises:
             ModuleNotFoundError: pandas is not installed; it comes with ``emovec[report]``.
@@ -241,7 +256,7 @@ class Reading:
         counts = ", ".join(f"{self.kind.count(kind)} {kind}" for kind in dict.fromkeys(self.kind))
         strongest = ", ".join(f"{name} {value:+.2f}" for name, value in self.top(3)) if len(self) else "none"
         unit = "z-scores" if self.calibrated else "raw projections"
-        return f"Reading({len(self)} tokens ({counts}), {len(self.names)} concepts, layer {self.layer}, {unit}; strongest: {strongest})"
+        return f"Reading({len(self)} tokens ({counts}), {len(self.names)} concepts, {self.where}, {unit}; strongest: {strongest})"
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -265,17 +280,18 @@ class Reading:
         chosen = values[torch.tensor(rows, device=values.device)].float()
         return chosen.mean(0) if reduce == "mean" else chosen.amax(0)
 
-    def _with(self, scores: dict[int, Tensor], key: slice = slice(None)) -> Reading:
-        """The same reading with other scores, of the tokens in ``key``."""
+    def _with(self, change: Callable[[Tensor], Tensor], key: slice = slice(None)) -> Reading:
+        """The same reading with ``change`` done to all scores, of the tokens in ``key``."""
         tokens = None if self.tokens is None else self.tokens[key]
         reading = Reading(
-            scores,
+            {layer: change(values) for layer, values in self._scores.items()},
             self.names,
             self.kind[key],
             tokens,
             self.layer,
             self.tokenizer,
             self._families,
+            together=None if self._together is None else (self._together[0], change(self._together[1])),
             calibrated=self.calibrated,
             positions=self.positions[key],
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,17 +104,29 @@ class Recording:
             ids = ids[chosen.to(ids.device)]
         start = spans[0].start
         read_layer = self._bank.read_layer if self._bank.read_layer in self.layers else None
+        scores = {layer: values[chosen.to(values.device)] for layer, values in scores.items()}
+        kinds = [kinds[column] for column in chosen.tolist()]
         return Reading(
-            {layer: values[chosen.to(values.device)] for layer, values in scores.items()},
+            scores,
             self._bank.names,
-            [kinds[column] for column in chosen.tolist()],
+            kinds,
             ids,
             read_layer,
             self._tokenizer,
             self._bank.families,
+            together=self._together(scores, kinds),
             calibrated=all(bool(self._bank[layer].baselines) for layer in self.layers),
             positions=range(start, start + len(chosen)),
         )
+
+    def _together(self, scores: Mapping[int, Tensor], kinds: Sequence[str]) -> tuple[tuple[int, ...], Tensor] | None:
+        """The scores from the layers that the bank reads together, if all of them were read."""
+        readout = self._bank.readout
+        if readout is None or not set(readout.layers) <= set(self.layers):
+            return None
+        prompt, generated = (readout.combine(scores, kind) for kind in ("prompt", "generated"))
+        is_prompt = torch.tensor([kind == "prompt" for kind in kinds], device=prompt.device)
+        return readout.layers, torch.where(is_prompt[:, None], prompt, generated)
 
     def _gather(self, layer: int, sequence: int) -> Tensor:
         """[columns, K]: the scores of one sequence, each in units of its own kind's baseline."""

@@ -32,7 +32,7 @@ class GuardEvent:
         of: the concept, family or weighted sum.
         value: the smoothed score, which the threshold is compared with.
         threshold: what it is above of.
-        layer: where it was read.
+        layers: where it was read.
         action: "stop", "refuse", "steer" or "callback".
     """
 
@@ -42,12 +42,13 @@ class GuardEvent:
     of: str
     value: float
     threshold: float
-    layer: int
+    layers: tuple[int, ...]
     action: str
 
     def __str__(self) -> str:
         where = f"sequence {self.sequence}, {self.kind} token {self.position}"
-        return f"{where}: {self.of} {self.value:+.2f} above {self.threshold:+.2f} at layer {self.layer}: {self.action}"
+        read = f"layer{'s' if len(self.layers) > 1 else ''} {', '.join(map(str, self.layers))}"
+        return f"{where}: {self.of} {self.value:+.2f} above {self.threshold:+.2f} at {read}: {self.action}"
 
 
 class GuardStop(RuntimeError):  # noqa: N818
@@ -98,7 +99,7 @@ class Threshold:
         halflife: of the smoothing, in tokens, as in :meth:`Reading.smooth`; 0 for none.
         hold: so many tokens in a row must be above, so that one noisy token does not fire. It fires again only after a token that was not.
         on: "all", "prompt" or "generated": only these tokens count.
-        layer: where to read; default: the bank's layer to read at.
+        layer: where to read; default: what the bank's scores come from.
 
     Raises:
         ValueError: naming the argument.

@@ -135,20 +135,18 @@ def bank(
         of = [np.stack([mean[layer] for mean in means[name]]) for name in names]
         grand = np.stack([rows.mean(0) for rows in of]).mean(0)
         rows = np.stack([rows.mean(0) - grand for rows in of])
-        kept = np.eye(rows.shape[1])  # a basis of the space that denoising leaves
+        differences = rows
         if denoise:
             values, vectors = np.linalg.eigh(np.cov(neutral[layer].T))
             values, vectors = values[::-1], vectors[:, ::-1]
             count = int(np.argmax(np.cumsum(values) / values.sum() >= variance)) + 1
             for component in vectors[:, :count].T:
                 rows = rows - np.outer(rows @ component, component)
-            kept = vectors[:, count:]
         norm = np.linalg.norm(rows, axis=1)
         directions = rows / norm[:, None]
         inside = np.concatenate([rows - rows.mean(0) for rows in of])
-        covariance = kept.T @ (inside.T @ inside / (len(inside) - len(names))) @ kept
-        shrunk = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
-        readers = directions @ kept @ np.linalg.inv(shrunk) @ kept.T
+        covariance = inside.T @ inside / (len(inside) - len(names))
+        readers = differences @ np.linalg.inv((1 - shrinkage) * covariance + shrinkage * np.diag(np.diag(covariance)))
         readers /= (readers * directions).sum(1, keepdims=True)
         read = {kind: rows[layer] @ readers.T for kind, rows in kinds.items()}
         words = np.concatenate([kinds["prompt"][layer], kinds["generated"][layer]])
@@ -159,6 +157,7 @@ def bank(
                 "readers": readers,
                 "raw_norm": norm,
                 "grand_mean": grand,
+                "projections": read,
                 "baseline": {kind: (rows.mean(0), rows.std(0, ddof=1), len(rows)) for kind, rows in read.items()},
                 "residual_norm": float(np.sort(np.linalg.norm(words, axis=1))[(len(words) - 1) // 2]),
                 "components": count if denoise else 0,

@@ -67,10 +67,9 @@ def expected(layer: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, floa
         of = np.stack([mean_of(story["text"], layer) for story in CORPUS.stories if story["emotion"] == name])
         inside.append(of - of.mean(0))
     stacked = np.concatenate(inside)
-    covariance = kept.T @ (stacked.T @ stacked / (len(stacked) - len(inside))) @ kept
-    shrunk = 0.7 * covariance + 0.3 * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+    covariance = stacked.T @ stacked / (len(stacked) - len(inside))
     norm = float(np.linalg.norm(direction))
-    reader = kept @ np.linalg.inv(shrunk) @ kept.T @ direction / norm
+    reader = np.linalg.inv(0.7 * covariance + 0.3 * np.diag(np.diag(covariance))) @ rows.mean(0)
     return direction / norm, reader / (reader @ direction / norm), norm
 
 
@@ -292,7 +291,7 @@ def test_without_concepts_the_command_prints_its_plan_and_makes_a_bank(files: Pa
     monkeypatch.setattr("emovec.extraction.Extraction.estimate", lambda self: 125.0)
     given = [part for name in ("stories", "neutral", "ordinary") for part in (f"--{name}", str(files / f"{name}.jsonl"))]
     out = files / "made.safetensors"
-    options = ["--skip", str(SKIP), "--shrinkage", "0.3", "--layers", "0,2", "--read-layer", "2"]
+    options = ["--skip", str(SKIP), "--shrinkage", "0.3", "--layers", "0,2", "--read-layers", "2"]
     said = CliRunner().invoke(app.app, ["extract", "tiny", *given, *options, "--out", str(out)], env={"COLUMNS": "300"}).output
     assert re.search(r"15 stories of 3 concepts, [\d,]+ tokens, 2 layers, 1 MB of weights, 0 MB of sums, about 2 min", said), said
     assert list(load_bank(out).values()) == list(bank().values())

@@ -56,31 +56,45 @@ def test_what_is_projected_out_is_gone() -> None:
 
 def test_whitened_readers() -> None:
     _, sums, count, scatter = stories()
-    directions, none = unit(contrast(sums, count)[0])[0], torch.empty(0, 12, dtype=torch.float64)
-    covariance = within(scatter, sums, count)
-    readers = whiten(directions, covariance, 0.1, none)
+    rows = contrast(sums, count)[0]
+    directions, covariance = unit(rows)[0], within(scatter, sums, count)
+    readers = whiten(rows, covariance, 0.1, directions)
     assert torch.allclose((readers * directions).sum(1), torch.ones(3, dtype=torch.float64))
-    shrunk = 0.9 * covariance + 0.1 * covariance.diagonal().mean() * torch.eye(12, dtype=torch.float64)
-    expected = directions @ torch.linalg.inv(shrunk)
+    expected = rows @ torch.linalg.inv(0.9 * covariance + 0.1 * torch.diag(covariance.diagonal()))
     assert torch.allclose(readers / readers.norm(dim=1, keepdim=True), expected / expected.norm(dim=1, keepdim=True))
-    assert torch.allclose(whiten(directions, covariance, 1.0, none), directions), "shrunk all the way they are the directions"
 
 
-def test_whitened_readers_do_not_read_what_was_projected_out() -> None:
+def test_whitened_readers_do_not_depend_on_the_scale_of_a_dimension() -> None:
+    """A dimension in other units is read in other units, and all scores stay."""
+    rows, sums, count, scatter = stories()
+    scale = torch.ones(12, dtype=torch.float64)
+    scale[5] = 100.0
+    scores = []
+    for units in (torch.ones_like(scale), scale):
+        found = contrast(sums * units, count)[0]
+        readers = whiten(found, within(scatter * units[:, None] * units, sums * units, count), 0.5, unit(found)[0])
+        scores.append((rows[0] * units) @ (readers / (readers * found).sum(1, keepdim=True)).T)
+    assert torch.allclose(scores[0], scores[1])
+
+
+def test_readers_are_scaled_to_the_denoised_directions() -> None:
     _, sums, count, scatter = stories()
-    removed = torch.linalg.qr(torch.randn(12, 4, dtype=torch.float64))[0].T
-    directions = unit(project_out(contrast(sums, count)[0], removed))[0]
-    readers = whiten(directions, within(scatter, sums, count), 0.2, removed)
-    assert float((readers @ removed.T).abs().max()) < 1e-10
-    assert torch.allclose((readers * directions).sum(1), torch.ones(3, dtype=torch.float64))
+    neutral = torch.eye(12, dtype=torch.float64)
+    neutral[3, 3] = 20.0  # the leading component
+    derived = derive(Recipe(shrinkage=0.2), sums, count, scatter, neutral)
+    assert derived.components == 1
+    assert derived.readers is not None
+    assert float(derived.directions[:, 3].abs().max()) < 1e-12
+    assert torch.allclose((derived.readers * derived.directions).sum(1), torch.ones(3, dtype=torch.float64))
 
 
 def test_whitening_reads_with_less_spread() -> None:
     """Of all readers with <r, v> = 1, the whitened one varies least within a concept."""
     _, sums, count, scatter = stories(counts=(40, 40, 40))
     covariance = within(scatter, sums, count)
-    directions = unit(contrast(sums, count)[0])[0]
-    readers = whiten(directions, covariance, 1e-6, torch.empty(0, 12, dtype=torch.float64))
+    rows = contrast(sums, count)[0]
+    directions = unit(rows)[0]
+    readers = whiten(rows, covariance, 1e-6, directions)
     spread, plain = ((which @ covariance * which).sum(1) for which in (readers, directions))
     assert bool((spread < plain).all())
 

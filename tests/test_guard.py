@@ -86,7 +86,7 @@ def test_smoothing_is_that_of_readings():
     assert smooth[1:3].max() < above, "the case needs a peak after the third token"
     _, probe = guarded(Threshold("afraid", above, ignore, halflife=4, hold=1), prompts=PROMPTS[:1])
     (event,) = probe.events
-    assert event == GuardEvent(0, position, plain[0].kind[position], "afraid", event.value, above, 2, "callback")
+    assert event == GuardEvent(0, position, plain[0].kind[position], "afraid", event.value, above, (2,), "callback")
     assert event.value == pytest.approx(float(smooth[position]), abs=1e-3)
     assert str(event).startswith(f"sequence 0, {event.kind} token {position}: afraid ")
 
@@ -151,7 +151,7 @@ def test_layers_and_what_is_kept():
     assert probe[0].layers == (2,)
     with attach(model, bank) as plain, torch.no_grad():
         model(ids)
-    assert [(event.of, event.layer, event.position) for event in probe.events] == [("afraid", 3, 1), ("calm", 1, 1)]
+    assert [(event.of, event.layers, event.position) for event in probe.events] == [("afraid", (3,), 1), ("calm", (1,), 1)]
     assert [event.value for event in probe.events] == [
         pytest.approx(float(plain[0].at(3)[1, 1]), abs=1e-3),
         pytest.approx(float(plain[0].at(1)[1, 0]), abs=1e-3),

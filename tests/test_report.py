@@ -169,7 +169,7 @@ def test_reading_writes_its_page(tmp_path):
     path = reading.heatmap(tmp_path / "page.html", title="A <b> title")
     found = Page(path.read_text(encoding="utf-8"))
     assert "A <b> title" in found.shown
-    assert "4 prompt and 8 generated tokens, read against 6 concepts after decoder block 3." in found.shown
+    assert "4 prompt and 8 generated tokens, read against 6 concepts at layer 3." in found.shown
     assert list(tmp_path.iterdir()) == [path]
     without = Reading({0: torch.zeros(1, 2)}, ["a", "b"], ["prompt"], calibrated=False)
     assert "projection, uncalibrated" in Page(without.heatmap(tmp_path / "raw.html").read_text(encoding="utf-8")).shown

@@ -79,7 +79,7 @@ def _summary(story: Reading, clamped: steps.Clamped, guarded: steps.Guarded, tim
     stopped = "none" if guarded.event is None else f"token {guarded.event.position}"
     return figures(
         [
-            (str(len(story.names)), "concepts read at every token", f"after decoder block {story.layer}"),
+            (str(len(story.names)), "concepts read at every token", f"at {story.where}"),
             (
                 f"{prefill.share:.2%}",
                 f"of a forward pass of {prefill.tokens} tokens",

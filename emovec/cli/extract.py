@@ -14,7 +14,7 @@ from emovec.cli.common import DeviceOption, DtypeOption, ForceOption, busy, dtyp
 if TYPE_CHECKING:
     from emovec.extraction import ConceptExtraction, Evidence
 
-_OF_THE_BANK = ("layers", "read_layer", "steer_layers", "skip", "skip_share", "format", "denoise", "variance", "shrinkage", "evidence")
+_OF_THE_BANK = ("layers", "read_layers", "steer_layers", "skip", "skip_share", "format", "denoise", "variance", "shrinkage", "evidence")
 
 
 def extract(
@@ -28,7 +28,9 @@ def extract(
     neutral: Annotated[Path | None, typer.Option(help="Neutral dialogues, JSON Lines of `turns`. Default: emovec's own.")] = None,
     ordinary: Annotated[Path | None, typer.Option(help="Ordinary prompts, JSON Lines of `content`. Default: emovec's own.")] = None,
     layers: Annotated[str | None, typer.Option(help="Decoder blocks, counted from 0, such as 9,12,15-17. Default: all.")] = None,
-    read_layer: Annotated[int | None, typer.Option(help="The layer to read at. Default: two thirds up the layers.")] = None,
+    read_layers: Annotated[
+        str | None, typer.Option(help="The layer to read at, or several to be read together. Default: that two thirds up the layers.")
+    ] = None,
     steer_layers: Annotated[str | None, typer.Option(help="The layers to steer at. Default: the layer to read at.")] = None,
     skip: Annotated[int, typer.Option(help="Tokens left out at the start of each story.", min=0)] = 50,
     skip_share: Annotated[float, typer.Option(help="But no more than this share of a story, so that short texts are used too.")] = 1.0,
@@ -109,7 +111,7 @@ def extract(
         ordinary,
         recipe=recipe,
         layers=integers(layers, "--layers"),
-        read_layer=read_layer,
+        read_layer=integers(read_layers, "--read-layers"),
         steer_layers=integers(steer_layers, "--steer-layers"),
         batch_tokens=batch_tokens,
         out=target,

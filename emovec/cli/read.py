@@ -101,7 +101,7 @@ def show(reading: Reading, top: int, concept: str | None = None) -> None:
         table.add_row(
             name, f"{value:+.2f}", Text("█" * max(1, round(24 * abs(value) / limit)), style="#e0762f" if value > 0 else "#3f7fbf")
         )
-    out.print(f"[bold]strongest of {len(reading.names)} concepts[/], mean {reading.unit}, layer {reading.layer}")
+    out.print(f"[bold]strongest of {len(reading.names)} concepts[/], mean {reading.unit}, {reading.where}")
     out.print(table)
     families = sorted(reading.families().items(), key=lambda item: -item[1])
     if families:
@@ -135,7 +135,7 @@ def _show_tokens(reading: Reading, top: int) -> None:
 
 def _facts(reading: Reading, top: int, tokens: bool) -> dict[str, Any]:
     facts: dict[str, Any] = {
-        "layer": reading.layer,
+        "layers": list(reading.read_layers),
         "unit": reading.unit,
         "tokens": len(reading),
         "top": dict(reading.top(top)),

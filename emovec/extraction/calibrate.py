@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, combinations
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from emovec.extraction.corpus import Source, Turns, dialogues, prompts
 from emovec.extraction.progress import Progress
 from emovec.extraction.sums import Sums, widened
 from emovec.extraction.tokens import GENERATED, PROMPT, UNUSED, Batch, Tokens, batches, dialogue_tokens, prompt_tokens
+from emovec.readout import Readout
 
 RANDOM_DIRECTIONS = 128
 
@@ -28,10 +29,11 @@ def calibrate(
     ordinary: Source,
     neutral: Source,
     *,
+    together: Sequence[int] = (),
     batch_tokens: int = 4096,
     progress: Progress | None = None,
-) -> list[BankLayer]:
-    """The layers with baselines, residual norm and random null of this model.
+) -> tuple[list[BankLayer], Readout | None]:
+    """The layers with baselines, residual norm and random null of this model, and the readout of those that are read together.
 
     Baselines are projections on the layer's readers: ``prompt`` over the words of ordinary prompts, ``turn_start`` over
     their last token before the answer, ``generated`` over the assistant's words in neutral dialogues. ``residual_norm`` is
@@ -44,6 +46,7 @@ def calibrate(
         layers: layers of a bank; what calibration they have is replaced.
         ordinary: prompts, objects with ``content``.
         neutral: dialogues, objects with ``turns``.
+        together: two or more of the layers, whose mean z-score gets a baseline too; or none.
         batch_tokens: tokens in a batch, padding included.
         progress: told of the tokens done.
 
@@ -52,7 +55,7 @@ def calibrate(
         BankError: a layer that does not exist, activations that are not finite, or too little text.
     """
     blocks = Blocks(model, [layer.index for layer in layers])
-    sums = _ProjectionSums(layers)
+    sums = _ProjectionSums(layers, tuple(together))
     texts = texts_of(tokenizer, prompts(ordinary)(), dialogues(neutral)())
     with blocks.shown_to(sums.see):
         for batch in ranks.share(batches(texts, batch_tokens)):
@@ -61,7 +64,8 @@ def calibrate(
             if progress is not None:
                 progress.advance(batch.tokens)
     sums.over_ranks()
-    return [sums.calibrated(layer) for layer in layers]
+    calibrated = [sums.calibrated(layer) for layer in layers]
+    return calibrated, sums.readout(calibrated) if together else None
 
 
 def texts_of(tokenizer: Any, ordinary: Iterable[Turns], neutral: Iterable[Turns]) -> Iterable[Tokens]:
@@ -74,9 +78,13 @@ def texts_of(tokenizer: Any, ordinary: Iterable[Turns], neutral: Iterable[Turns]
 
 
 class _ProjectionSums(Sums):
-    """Per layer and kind of position the sums of projections and of their squares; and every used token's norm."""
+    """Per layer and kind of position the sums of projections and of their squares; and every used token's norm. Of each two
+    layers that are read together also the sums of their projections' products."""
 
-    def __init__(self, layers: Sequence[BankLayer]) -> None:
+    def __init__(self, layers: Sequence[BankLayer], together: tuple[int, ...]) -> None:
+        missing = set(together) - {layer.index for layer in layers}
+        if missing:
+            raise BankError(f"layers {sorted(missing)} are to be read together with others, but are not among those calibrated")
         generator = torch.Generator().manual_seed(0)
         self._onto: dict[int, Tensor] = {}
         shapes: dict[str, tuple[int, ...]] = {"count": (len(KINDS),)}
@@ -86,7 +94,12 @@ class _ProjectionSums(Sums):
             self._onto[layer.index] = torch.cat([readers, random / random.norm(dim=1, keepdim=True)])
             columns = len(self._onto[layer.index])
             shapes |= {f"sum.{layer.index}": (len(KINDS), columns), f"square.{layer.index}": (len(KINDS), columns)}
+        concepts = len(layers[0].names)
+        self._together = tuple(sorted(together))
+        shapes |= {f"product.{one}.{other}": (len(KINDS), concepts) for one, other in combinations(self._together, 2)}
         super().__init__(shapes)
+        self._seen: dict[int, Tensor] = {}  # of the batch: the projections at layers that are read together
+        self._concepts = concepts
         self._norms: dict[int, list[Tensor]] = {layer.index: [] for layer in layers}
         self._batch: Batch | None = None
 
@@ -106,6 +119,10 @@ class _ProjectionSums(Sums):
         which = (kinds == torch.arange(len(KINDS), device=device)[:, None]).double()
         self.at(f"sum.{layer}", device).addmm_(which, projections)
         self.at(f"square.{layer}", device).addmm_(which, projections**2)
+        if layer in self._together:
+            self._seen[layer] = projections[:, : self._concepts]
+            for one in self._together[: self._together.index(layer)]:
+                self.at(f"product.{one}.{layer}", device).addmm_(which, self._seen[one].to(device) * self._seen[layer])
         self._norms[layer].append(rows.norm(dim=1)[(kinds == PROMPT) | (kinds == GENERATED)].float().cpu())
 
     def over_ranks(self) -> None:
@@ -134,3 +151,26 @@ class _ProjectionSums(Sums):
             residual_norm=float(torch.cat(self._norms[layer.index]).median()),
             random_null=Baseline(mean[PROMPT, concepts:].float(), std[PROMPT, concepts:].float(), int(count[PROMPT])),
         )
+
+    def readout(self, layers: Sequence[BankLayer]) -> Readout:
+        """The baseline of the mean z-score: its mean is zero, its deviation follows from the layers' correlations."""
+        found = {layer.index: layer for layer in layers if layer.index in self._together}
+        count = self.at("count")
+        baselines = {}
+        for row, kind in enumerate(KINDS):
+            variance = torch.zeros(self._concepts, dtype=torch.float64)
+            for one in self._together:
+                for other in self._together:
+                    variance += self._correlation(row, found[min(one, other)], found[max(one, other)], kind)
+            std = (variance / len(found) ** 2).clamp_min(0).sqrt().float()
+            baselines[kind] = Baseline(torch.zeros_like(std), std, int(count[row]))
+        return Readout(self._together, baselines)
+
+    def _correlation(self, row: int, one: BankLayer, other: BankLayer, kind: str) -> Tensor:
+        """[K]: of two layers' projections on ordinary text of one kind."""
+        if one is other:
+            return torch.ones(self._concepts, dtype=torch.float64)
+        count = self.at("count")[row]
+        sums = [self.at(f"sum.{layer.index}").cpu()[row, : self._concepts] for layer in (one, other)]
+        covariance = (self.at(f"product.{one.index}.{other.index}").cpu()[row] - sums[0] * sums[1] / count) / (count - 1)
+        return covariance / (one.baselines[kind].std.double() * other.baselines[kind].std.double())

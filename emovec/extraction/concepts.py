@@ -28,6 +28,7 @@ from emovec.extraction.recipe import Recipe, leading, project_out, unit, whiten,
 from emovec.extraction.run import BATCH_TOKENS, Extraction
 from emovec.extraction.sums import NeutralMoments, StoryMoments
 from emovec.extraction.tokens import Batch, Tokens, batches, story_tokens
+from emovec.readout import Readout
 
 OWN, TOPIC, MEAN = "own text", "same topic", "mean"
 
@@ -209,18 +210,19 @@ class ConceptExtraction:
                 made, removed, covariance = self._derived(layer, moments, neutral)
                 added.append(made)
                 reads[layer] = (removed, covariance)
-            added = calibrate(
+            added, readout = calibrate(
                 self.model,
                 self.tokenizer,
                 added,
                 [{"content": turns[0]["content"]} for turns in self._texts.prompts],
                 [{"turns": turns} for turns in self._texts.dialogues],
+                together=() if self.bank.readout is None else self.bank.readout.layers,
                 batch_tokens=self.batch_tokens,
                 progress=progress,
             )
         read = next(layer for layer in added if layer.index == self.bank.read_layer)
         self.evidence = {name: self._judged(name, read, *reads[read.index]) for name in self.plan.names}
-        return self._joined(added)
+        return self._joined(added, readout)
 
     def _over(self, blocks: Blocks, sums: Any, stream: Iterable[Batch], progress: Progress) -> None:
         with blocks.shown_to(sums.see):
@@ -271,7 +273,7 @@ class ConceptExtraction:
         covariance = None
         if moments is not None:
             covariance = within(*(moments.at(key).cpu() for key in (f"scatter.{layer}", f"sum.{layer}", "count")))
-        readers = None if covariance is None else whiten(directions, covariance, self.recipe.shrinkage, removed).float()
+        readers = None if covariance is None else whiten(rows, covariance, self.recipe.shrinkage, directions).float()
         made = BankLayer(layer, self.plan.names, directions.float(), readers=readers, raw_norm=norm.float())
         return made, removed, covariance
 
@@ -282,30 +284,36 @@ class ConceptExtraction:
         topics = [_topic(self._stories[row]) for row in mine]
         known = sorted(set(topics))
 
+        rows = self._sums.rows[layer.index][mine]
+        if covariance is None:  # what is read with the direction does not see what was projected out of it
+            rows = project_out(rows, removed)
+
         def read(rows: Tensor) -> Tensor:
-            return rows if covariance is None else whiten(rows, covariance, self.recipe.shrinkage, removed)
+            return rows if covariance is None else whiten(rows, covariance, self.recipe.shrinkage, unit(rows)[0])
 
         return judged(
             name,
             layer.index,
-            project_out(self._sums.rows[layer.index][mine], removed),
+            rows,
             self._sums.rows[0][mine] if all(self._stories[row].contrast is not None for row in mine) else None,
             read,
+            removed,
             torch.tensor([known.index(topic) for topic in topics]),
             Counter(self._contrasted_with(self._stories[row]) for row in mine),
             float(layer.baselines["prompt"].std[layer.resolve(name)]),
             nearest(layer.direction(name), self.bank.names, self.bank[layer.index].directions),
         )
 
-    def _joined(self, added: Sequence[BankLayer]) -> Bank:
+    def _joined(self, added: Sequence[BankLayer], readout: Readout | None) -> Bank:
         bank = self.bank
-        for name in self.plan.names:
+        for row, name in enumerate(self.plan.names):
             parts = {layer.index: layer.subset([name]) for layer in added}
             bank = bank.add(
                 name,
                 {index: part.directions[0] * part.raw_norm for index, part in parts.items() if part.raw_norm is not None},
                 readers={index: part.readers[0] for index, part in parts.items() if part.readers is not None},
                 baselines={index: part.baselines for index, part in parts.items()},
+                readout=None if readout is None else readout.subset([row]).baselines,
                 family=self._family,
             )
         said = {name: found.to_dict() for name, found in self.evidence.items()}

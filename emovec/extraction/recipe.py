@@ -28,9 +28,8 @@ class Recipe:
         denoise: principal components of neutral dialogues are projected out of the directions: of their "tokens", of their
             "dialogues" (each dialogue's mean), or None.
         variance: share of the neutral variance that the components reach.
-        readers: "whitened" (directions times the inverse covariance of stories of one emotion, in the space that denoising
-            leaves) or None (the directions).
-        shrinkage: of that covariance toward a multiple of the identity, between 0 and 1.
+        readers: "whitened" (differences of means times the inverse covariance of stories of one emotion) or None (the directions).
+        shrinkage: of that covariance toward its diagonal, between 0 and 1.
     """
 
     skip: int = 50
@@ -101,7 +100,7 @@ def derive(recipe: Recipe, sums: Tensor, count: Tensor, scatter: Tensor | None =
     readers = None
     if recipe.readers == "whitened":
         assert scatter is not None
-        readers = whiten(directions, within(scatter, sums, count), recipe.shrinkage, removed)
+        readers = whiten(rows, within(scatter, sums, count), recipe.shrinkage, directions)
     return Derived(directions, readers, norm, grand, len(removed))
 
 
@@ -139,15 +138,13 @@ def unit(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows / norm[:, None], norm
 
 
-def whiten(directions: Tensor, covariance: Tensor, shrinkage: float, removed: Tensor) -> Tensor:
-    """Readers ``r_k`` [K, d]: ``directions`` times the inverse of the shrunk covariance, scaled so that ``<r_k, v_k> = 1``.
+def whiten(rows: Tensor, covariance: Tensor, shrinkage: float, directions: Tensor) -> Tensor:
+    """Readers ``r_k`` [K, d]: ``rows`` [K, d] times the inverse of the shrunk covariance, scaled so that ``<r_k, v_k> = 1``.
 
-    A step along ``v_k`` then moves what ``r_k`` reads by the step's length, as it does where readers are the directions. All
-    happens in the space without the components ``removed`` [c, d] from the directions: whitened over the whole space, readers
-    would pick those components up again.
+    A step along the direction ``v_k`` then moves what ``r_k`` reads by the step's length, as it does where readers are the
+    directions. The covariance [d, d] is shrunk toward its diagonal, since a few dimensions vary a hundred times as much as the
+    others: toward a multiple of the identity, those would be taken for the others' noise.
     """
-    inside = project_out(project_out(covariance, removed).T, removed)
-    share = inside.trace() / (len(inside) - len(removed))
-    shrunk = torch.lerp(inside, share * torch.eye(len(inside), dtype=inside.dtype, device=inside.device), shrinkage)
-    rows: Tensor = torch.linalg.solve(shrunk, directions.T).T
-    return rows / (rows * directions).sum(1, keepdim=True)
+    shrunk = torch.lerp(covariance, covariance.diagonal().diag(), shrinkage)
+    found: Tensor = torch.linalg.solve(shrunk, rows.T).T
+    return found / (found * directions).sum(1, keepdim=True)

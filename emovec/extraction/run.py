@@ -63,7 +63,7 @@ class Extraction:
         names: Sequence[str] | None = None,
         families: Mapping[str, Sequence[str]] | None = None,
         layers: Sequence[int] | None = None,
-        read_layer: int | None = None,
+        read_layer: int | Sequence[int] | None = None,
         steer_layers: Sequence[int] | None = None,
         batch_tokens: int | None = None,
         out: str | Path | None = None,
@@ -79,10 +79,12 @@ class Extraction:
         self.batch_tokens = BATCH_TOKENS.get(self.blocks.device.type, 4096) if batch_tokens is None else batch_tokens
         if self.batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, got {self.batch_tokens}")
-        for layer in (*(() if read_layer is None else (read_layer,)), *(steer_layers or ())):
+        read = () if read_layer is None else (read_layer,) if isinstance(read_layer, int) else tuple(sorted(set(read_layer)))
+        for layer in (*read, *(steer_layers or ())):
             if layer not in self.blocks.layers:
                 raise BankError(f"layer {layer} is not among those extracted, {list(self.blocks.layers)}")
-        self._read_layer, self._steer_layers = read_layer, steer_layers
+        self._read_layer, self._steer_layers = (read[len(read) // 2] if read else None), steer_layers
+        self._together = read if len(read) > 1 else ()
         self._meta, self._model_name = as_json(meta or {}), model_name
         self._out, self._resume = (None if path is None else Path(path) for path in (out, resume))
         for path in (self._out, self._resume):
@@ -127,18 +129,19 @@ class Extraction:
         with Progress(-(-self.plan.tokens // ranks.world()), visible=self._progress) as progress:
             moments = self.over_stories(progress)
             layers = self._directions(moments, progress)
-            layers = calibrate(
+            layers, readout = calibrate(
                 self.model,
                 self.tokenizer,
                 layers,
                 [{"content": turns[0]["content"]} for turns in self._texts.prompts],
                 [{"turns": turns} for turns in self._texts.dialogues],
+                together=self._together,
                 batch_tokens=self.batch_tokens,
                 progress=progress,
             )
             done = progress.done
         self.summary = Summary(self.plan.stories, self.plan.short, done, time.monotonic() - started)
-        bank = Bank(layers, self._read_layer, self._steer_layers, self._families, self._described())
+        bank = Bank(layers, self._read_layer, self._steer_layers, self._families, self._described(), readout=readout)
         if self._out is not None:
             if ranks.rank() == 0:
                 bank.save(self._out)
@@ -280,7 +283,7 @@ def extract(
     names: Sequence[str] | None = None,
     families: Mapping[str, Sequence[str]] | None = None,
     layers: Sequence[int] | None = None,
-    read_layer: int | None = None,
+    read_layer: int | Sequence[int] | None = None,
     steer_layers: Sequence[int] | None = None,
     batch_tokens: int | None = None,
     out: str | Path | None = None,
@@ -305,7 +308,8 @@ def extract(
         names: the concepts in the order of the bank; default: as they first occur in the stories.
         families: family -> its concepts; default: the paper's, as far as their members are among the concepts.
         layers: decoder blocks, counted from 0; default: all.
-        read_layer: the layer to read at, among ``layers``; default as for :class:`emovec.bank.Bank`.
+        read_layer: the layer to read at, among ``layers``, or several whose mean z-score is read; default as for
+            :class:`emovec.bank.Bank`.
         steer_layers: the layers to steer at; likewise.
         batch_tokens: tokens in a batch, padding included; default: 2,048 on a CPU, 16,384 on a GPU.
         out: a file for the bank; under ``torchrun`` the first process writes it.

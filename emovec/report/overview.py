@@ -34,4 +34,4 @@ def sections(reading: Reading, concepts: Sequence[str] | None = None) -> list[Ht
 def lede(reading: Reading) -> str:
     """What was read, in a sentence."""
     counts = " and ".join(f"{reading.kind.count(kind):,} {kind}" for kind in dict.fromkeys(reading.kind))
-    return f"{counts} tokens, read against {len(reading.names):,} concepts after decoder block {reading.layer}."
+    return f"{counts} tokens, read against {len(reading.names):,} concepts at {reading.where}."
