@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_report import Page
 
+from emovec.bank import Bank
 from emovec.evaluation import classification, figures, geometry, scenarios, speakers, stability, verdict
 from emovec.evaluation.figures import Figure
 from emovec.evaluation.labelled import recipe_of
@@ -129,6 +130,25 @@ def test_a_bank_that_does_not_say_how_it_was_made_is_read_all_the_same() -> None
         recipe_of(planted.bank(dict(material.means), dict(material.corpus.labels), dict(material.moments), planted.RECIPE))
         == planted.RECIPE
     )
+
+
+def test_a_small_bank_without_families(tmp_path: Path) -> None:
+    """Three concepts, no families, no norms: nothing breaks, and nothing is claimed about what is not there."""
+    material = planted.material(samples=30, permutations=30)
+    bank = Bank(material.bank.values(), planted.READ, (3,), {}, material.bank.meta)
+    corpus = replace(material.corpus, ratings={}, scenarios=material.corpus.scenarios[:3], speakers=(), dosage=())
+    means = {**material.means, "scenarios": material.means["scenarios"][:3]}
+    bare = replace(material, bank=bank, corpus=corpus, means=means)
+    results = {part.name: json.loads(json.dumps(finite(part.result(bare)))) for part in PLAIN}
+    for part in PLAIN:
+        for piece in part.parts(results[part.name]):
+            if isinstance(piece, Figure):
+                figures.write(piece, tmp_path)
+    claims = {claim["use"]: claim["verdict"] for claim in verdict.verdicts(results)}
+    families = [use for use in claims if "famil" in use]
+    assert len(families) == 4
+    assert {claims[use] for use in families} == {"not tested"}
+    assert claims["Standing for valence and arousal"] == claims["Following a number that makes things worse"] == "not tested"
 
 
 @pytest.mark.parametrize("part", PLAIN, ids=lambda part: part.name)

@@ -248,7 +248,7 @@ def test_15_the_sweep_finds_the_layer_that_reads_best() -> None:
 def test_8_a_sweep_in_perfect_order_is_not_enough() -> None:
     """Activations that drift along with the number move every reader: each slope is in order, none of it is shown."""
     material = planted.material(strength=0.0)
-    drift = torch.arange(len(planted.DOSES)).repeat(2)[:, None, None, None] * 3.0 * planted.draw(planted.WIDTH, seed=77)
+    drift = torch.arange(len(planted.DOSES)).repeat(2)[:, None, None, None] * 30.0 * planted.draw(planted.WIDTH, seed=77)
     found = dosage.result(replace(material, means={**material.means, "dosage": material.means["dosage"] + drift}))
     assert all(abs(part["rho"]) > 0.95 for template in found["templates"] for part in template["concepts"])
     assert all(template["random"]["perfect_order"] > 0.5 for template in found["templates"])

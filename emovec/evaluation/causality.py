@@ -94,9 +94,12 @@ def _naming(material: Material, steered: Steered, words: Sequence[str], random: 
     if len(tokens) < 3:
         return {"skipped": f"{len(tokens)} of the words {', '.join(words)} are single tokens of this model; three are needed"}
     named_words, texts = list(tokens), frames(material.tokenizer)
-    values = [_under(name, step * unit) for name in [*named_words, *random] for step in NAMING]
+    everyone, dosed = [*named_words, *random], [step for step in NAMING if step]
+    values = [{}, *(_under(name, step * unit) for name in everyone for step in dosed)]
     flat = [text for frame in texts for text in frame]
-    log_p = steered.next_tokens(flat, values, list(tokens.values()))
+    asked = steered.next_tokens(flat, values, list(tokens.values()))
+    moved = asked[1:].reshape(len(everyone), len(dosed), *asked.shape[1:])
+    log_p = torch.stack([moved[:, dosed.index(step)] if step else asked[0].expand_as(moved[:, 0]) for step in NAMING], 1)
     odds = log_odds_among(log_p).reshape(-1, len(NAMING), len(texts), len(SUBJECTS), len(tokens))  # [V, S, F, X, W]
     strengths = torch.tensor([step * unit for step in NAMING], dtype=torch.float64)
     slope = slopes(strengths, odds.movedim(1, -1)) * unit  # [V, F, X, W], per unit of dose

@@ -43,6 +43,7 @@ def result(material: Material) -> dict[str, Any]:
         "cosines": _rounded(cosines[layer]),
         "order": _order(material, names, cosines[layer]),
         "families": material.families,
+        "family": material.family_of(tuple(names)).tolist(),
     }
     for index, rows in by_layer.items():
         if len(rated) >= _LEAST:

@@ -10,7 +10,7 @@ from emovec.report.markup import Html
 from emovec.report.prose import text
 from emovec.report.tables import matrix, table
 
-_SHOWN = 44  # words in the map of the first two components
+_SHOWN = 32  # words in the map of the first two components
 
 
 def parts(result: dict[str, Any]) -> list[Html | Figure]:
@@ -139,8 +139,18 @@ def _cosines(figure: Any, result: dict[str, Any]) -> None:
     order, names = result["order"], result["names"]
     values = [[result["cosines"][row][column] for column in order] for row in order]
     image = picture(axes, values, limit=0.6)
-    small = len(order) <= 40
-    axes.set_yticks(range(len(order)) if small else [], [names[row] for row in order] if small else [])
+    if len(order) <= 40:
+        axes.set_yticks(range(len(order)), [names[row] for row in order])
+    else:
+        places = {
+            index: [place for place, row in enumerate(order) if result["family"][row] == index] for index in range(len(result["families"]))
+        }
+        shown = {index: found for index, found in places.items() if found}
+        axes.set_yticks([(found[0] + found[-1]) / 2 for found in shown.values()], [result["families"][index] for index in shown])
+        for found in shown.values():
+            axes.axhline(found[-1] + 0.5, color=MUTED, linewidth=0.4)
+            axes.axvline(found[-1] + 0.5, color=MUTED, linewidth=0.4)
+    axes.tick_params(length=0)
     axes.set_xticks([])
     figure.colorbar(image, ax=axes, shrink=0.6, label="cosine")
     for side in ("left", "bottom"):

@@ -56,7 +56,7 @@ def _classified(held_out: str, measure: str, use: str, threshold: float) -> Call
 
     def judge(sections: Sections) -> Claim:
         found = _there(sections, "classification")
-        if found is None:
+        if found is None or (measure == "family" and not found["families"]):
             return _claim(use, NOT_TESTED, "", rule)
         tests = [part for part in found["tests"] if part["held_out"] == held_out and part["variant"] == "as the bank is read"]
         grades, evidence = [], []
