@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emovec.extraction.recipe import project_out, unit
+
 EXACT = 12  # topics up to which all sign flips are counted
 FLIPS = 4999  # drawn where there are more
 HALVES = 200
 ENOUGH_TOPICS, STABLE, NEAR = 8, 0.5, 0.7
 
 Read = Callable[[Tensor], Tensor]
-"""From rows [n, d] to what reads them [n, d]: whitened, or the rows themselves. Linear and symmetric but for a positive scale."""
+"""From rows [n, d] to what reads them [n, d]: whitened, or the rows themselves. Linear and symmetric but for each row's positive scale."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,18 @@ def flips(topics: Tensor, seed: int = 0) -> Tensor:
     return (1 - 2 * whole).double()[:, index]
 
 
-def margin(rows: Tensor, read: Read, topics: Tensor) -> float:
-    """The mean of what rows [n, d] are read as by readers of the unit directions of the other topics' rows."""
+def margin(rows: Tensor, read: Read, removed: Tensor, topics: Tensor) -> float:
+    """The mean of what rows [n, d] are read as by readers from the other topics' rows.
+
+    Those are scaled as a bank's are, so that a step along the direction, the rows' mean without ``removed`` [c, d], reads as long as it is.
+    """
     found = rows.new_empty(len(rows))
     index, count = numbered(topics)
     for topic in range(count):
         here = index == topic
-        direction = torch.nn.functional.normalize(rows[~here].mean(0, keepdim=True))
-        found[here] = (rows[here] @ read(direction).T)[:, 0]
+        difference = rows[~here].mean(0, keepdim=True)
+        reader, direction = read(difference), unit(project_out(difference, removed))[0]
+        found[here] = (rows[here] @ reader.T)[:, 0] / (reader * direction).sum()
     return float(found.mean())
 
 
@@ -129,6 +135,7 @@ def judged(
     rows: Tensor,
     surface: Tensor | None,
     read: Read,
+    removed: Tensor,
     topics: Tensor,
     contrasts: Mapping[str, int],
     deviation: float,
@@ -139,9 +146,10 @@ def judged(
     Args:
         concept: its name.
         layer: the layer that is read.
-        rows: [n, d] fp64, each story less its contrast there, without the neutral components.
+        rows: [n, d] fp64, each story less its contrast there.
         surface: [n, d], the same after block 0; None where not every story has a contrast of its own.
         read: what reads ``rows``.
+        removed: [c, d], the neutral components that the direction is made without.
         topics: [n].
         contrasts: what the stories were contrasted with.
         deviation: of ordinary tokens, as the concept's reader reads them.
@@ -163,9 +171,9 @@ def judged(
         interval=tuple(round(end, 4) for end in wilson(round(accuracy * count), count)),  # type: ignore[arg-type]
         p=round(float((null >= accuracy - 1e-12).double().mean()), 5),
         flips=len(signs),
-        margin=round(margin(rows, read, topics) / deviation, 4),
+        margin=round(margin(rows, read, removed, topics) / deviation, 4),
         words=None if words is None else round(words, 4),
-        halves=round(halves(rows, topics), 4),
+        halves=round(halves(project_out(rows, removed), topics), 4),
         nearest=tuple(near),
     )
     return Evidence(**{**found.__dict__, "warnings": tuple(thin(found))})
