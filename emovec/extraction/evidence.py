@@ -168,7 +168,7 @@ def judged(
         topics=count,
         contrasts=dict(contrasts),
         accuracy=round(accuracy, 4),
-        interval=tuple(round(end, 4) for end in wilson(round(accuracy * count), count)),  # type: ignore[arg-type]
+        interval=tuple(round(end, 4) for end in wilson(accuracy * count, count)),  # type: ignore[arg-type]
         p=round(float((null >= accuracy - 1e-12).double().mean()), 5),
         flips=len(signs),
         margin=round(margin(rows, read, removed, topics) / deviation, 4),
