@@ -61,7 +61,8 @@ def moments(seed: int) -> dict[str, Moments]:
     mean = tokens.mean(1)
     covariance = torch.stack([torch.cov(part.T) for part in tokens])
     kinds = ("prompt", "turn_start", "generated", "neutral_tokens", "neutral_dialogues")
-    return dict.fromkeys(kinds, Moments(mean, covariance, tokens.shape[1], LAYERS))
+    across = (tokens[1] - mean[1]).T @ (tokens[2] - mean[2]) / (tokens.shape[1] - 1)
+    return dict.fromkeys(kinds, Moments(mean, covariance, tokens.shape[1], LAYERS, {LAYERS[1:]: across}))
 
 
 def dummy(name: str, count: int, pools: Sequence[str] = ("words",)) -> TextSet:
@@ -69,7 +70,13 @@ def dummy(name: str, count: int, pools: Sequence[str] = ("words",)) -> TextSet:
 
 
 def material(
-    *, strength: float = 3.0, words: float = 0.0, across: float | None = None, recipe: Recipe | None = RECIPE, **options: Any
+    *,
+    strength: float = 3.0,
+    words: float = 0.0,
+    across: float | None = None,
+    recipe: Recipe | None = RECIPE,
+    together: bool = False,
+    **options: Any,
 ) -> Material:
     """Planted material.
 
@@ -78,6 +85,7 @@ def material(
         words: of them at layer 0.
         across: of them in the messages, if it differs.
         recipe: the bank's.
+        together: whether the bank reads both of its layers.
         options: fields of Options.
     """
     options = {"samples": 200, "permutations": 200, **options}
@@ -126,13 +134,16 @@ def material(
     ratings = {name: (valence[name], 7.0 if k in (0, 1, 2, 6, 7, 8) else 2.0) for k, name in enumerate(NAMES)}
     corpus = Corpus(NAMES, stories, labels, (), scenarios, dosage, speakers, (), ratings, sets)
     calibration = moments(20)
-    made = bank(means, labels, calibration, recipe or RECIPE)
+    made = bank(means, labels, calibration, recipe or RECIPE, together=together)
     return Material(made, recipe, corpus, LAYERS, means, calibration, Options(**options), own_corpus=True)
 
 
-def bank(means: dict[str, Tensor], labels: dict[str, Labels], calibration: dict[str, Moments], recipe: Recipe) -> Bank:
+def bank(
+    means: dict[str, Tensor], labels: dict[str, Labels], calibration: dict[str, Moments], recipe: Recipe, *, together: bool = False
+) -> Bank:
     """The bank that the recipe makes from all texts, at the layers above 0."""
     parts = [Texts(means[name][:, 0], labels[name].concept, labels[name].topic, LAYERS) for name in labels]
     made = remade(parts[0] + parts[1], NAMES, LAYERS[1:], recipe, calibration)
     layers = [replace(layer, residual_norm=10.0) for layer in made.values()]
-    return Bank(layers, READ, (3,), FAMILIES, {"model": "planted", "recipe": recipe.to_dict()})
+    meta = {"model": "planted", "recipe": recipe.to_dict()}
+    return Bank(layers, READ, (3,), FAMILIES, meta, readout=made.readout if together else None)

@@ -15,7 +15,8 @@ from test_report import Page
 from emovec.bank import Bank
 from emovec.evaluation import classification, figures, geometry, scenarios, speakers, stability, verdict
 from emovec.evaluation.figures import Figure
-from emovec.evaluation.labelled import recipe_of
+from emovec.evaluation.labelled import Moments, recipe_of, remade
+from emovec.evaluation.material import Options
 from emovec.evaluation.run import finite
 from emovec.evaluation.sections import SECTIONS, chosen
 from emovec.report import colour, page
@@ -225,3 +226,45 @@ def test_the_worst_of_several_decides() -> None:
 
 def test_nothing_computed_is_nothing_claimed() -> None:
     assert {claim["verdict"] for claim in verdict.verdicts({})} == {"not tested"}
+
+
+# --- several layers read together ---------------------------------------------------------------------------------------------
+
+
+def test_a_bank_made_anew_is_calibrated_as_its_tokens_say() -> None:
+    """On the tokens that the moments are of, each concept's score has mean 0 and deviation 1, however layers go together."""
+    shared = planted.draw(3000, planted.WIDTH, seed=1)
+    rows = [
+        shared @ planted.draw(planted.WIDTH, planted.WIDTH, seed=layer) + planted.draw(3000, planted.WIDTH, seed=50 + layer)
+        for layer in (0, 1)
+    ]
+    tokens = {layer: part.double() + 2 for layer, part in zip((3, 6), rows, strict=True)}
+    centred = {layer: part - part.mean(0) for layer, part in tokens.items()}
+    moments = Moments(
+        torch.stack([part.mean(0) for part in tokens.values()]),
+        torch.stack([torch.cov(part.T) for part in tokens.values()]),
+        3000,
+        (3, 6),
+        {(3, 6): centred[3].T @ centred[6] / 2999},
+    )
+    labelled = planted.material().labelled("stories")
+    plain = replace(planted.RECIPE, denoise=None)
+    for layers in ((6,), (3, 6)):
+        bank = remade(labelled, planted.NAMES, layers, plain, dict.fromkeys(("prompt", "turn_start", "generated"), moments))
+        assert bank.read_layers == layers
+        scores = bank.score(tokens, "prompt")
+        torch.testing.assert_close(scores.mean(0), torch.zeros_like(scores[0]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(scores.std(0), torch.ones_like(scores[0]), atol=1e-4, rtol=0)
+
+
+def test_layers_with_noise_of_their_own_read_better_together() -> None:
+    """And so do the sections that read them: classification makes banks that are read at the bank's layers."""
+    alone, together = (planted.material(strength=1.2, together=both) for both in (False, True))
+    assert together.bank.read_layers == (3, 6)
+    values = [
+        next(part for part in classification.result(each)["tests"] if part["tested_on"] == "stories")["top1"]["value"]
+        for each in (alone, together)
+    ]
+    assert values[1] > values[0] + 0.05
+    for part in PLAIN:
+        json.dumps(finite(part.result(replace(together, options=Options(samples=20, permutations=20)))), allow_nan=False)

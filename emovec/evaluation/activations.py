@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from emovec.evaluation.labelled import Moments
 from emovec.evaluation.texts import TextSet, chunks
 from emovec.extraction.blocks import Blocks
 from emovec.extraction.progress import Progress
-from emovec.extraction.sums import NeutralMoments, widened
+from emovec.extraction.sums import NeutralMoments, story_means, widened
 from emovec.extraction.tokens import UNUSED, WINDOW, Batch, Tokens, batches
 
 _MOMENTS = {  # what the tokens of a pool of a set are moments of
@@ -97,19 +98,36 @@ class Activations:
             raise BankError(f"activations of {part.name} are not finite; try bfloat16 or float32")
         return whole
 
-    def moments(self, sets: Mapping[str, TextSet], about: Mapping[int, Tensor], progress: Progress) -> dict[str, Moments]:
-        """The moments of ordinary and neutral tokens; ``about`` is near their mean, layer -> [d]."""
+    def moments(
+        self, sets: Mapping[str, TextSet], about: Mapping[int, Tensor], together: tuple[int, ...], progress: Progress
+    ) -> dict[str, Moments]:
+        """The moments of ordinary and neutral tokens.
+
+        Args:
+            sets: the texts.
+            about: layer -> [d], near the tokens' mean.
+            together: layers whose covariance with one another is wanted too, ascending.
+            progress: told of the tokens done.
+        """
         digest = hashlib.sha256("".join(sets[name].digest for name in MOMENTS_OF).encode()).hexdigest()
         tokens = sum(sets[name].tokens for name in MOMENTS_OF)
-        found = self._kept("moments", digest, lambda: self._moments(sets, about, progress), tokens, progress)
+        found = self._kept("moments", f"{digest} {together}", lambda: self._moments(sets, about, together, progress), tokens, progress)
         return {
-            name: Moments(found[f"{name}.mean"], found[f"{name}.covariance"], int(found[f"{name}.count"]), self.blocks.layers)
+            name: Moments(
+                found[f"{name}.mean"],
+                found[f"{name}.covariance"],
+                int(found[f"{name}.count"]),
+                self.blocks.layers,
+                {pair: found[f"{name}.across.{pair[0]}.{pair[1]}"] for pair in combinations(together, 2)},
+            )
             for name in _MOMENTS
         }
 
-    def _moments(self, sets: Mapping[str, TextSet], about: Mapping[int, Tensor], progress: Progress) -> dict[str, Tensor]:
+    def _moments(
+        self, sets: Mapping[str, TextSet], about: Mapping[int, Tensor], together: tuple[int, ...], progress: Progress
+    ) -> dict[str, Tensor]:
         about = {layer: mean.to(self.blocks.device) for layer, mean in about.items()}
-        sums = {name: NeutralMoments(self.width, self.blocks.layers, about, dialogues=whole) for name, (_, _, whole) in _MOMENTS.items()}
+        sums = {name: _Moments(self.width, self.blocks.layers, about, whole, together) for name, (_, _, whole) in _MOMENTS.items()}
         for source in MOMENTS_OF:
             mine = [name for name, (of, _, _) in _MOMENTS.items() if of == source]
 
@@ -131,6 +149,7 @@ class Activations:
                 [(about[layer] + part.at(f"sum.{layer}") / float(count)).cpu() for layer in self.blocks.layers]
             )
             found[f"{name}.covariance"] = torch.stack([part.covariance(layer).cpu() for layer in self.blocks.layers])
+            found |= {f"{name}.across.{one}.{other}": part.across(one, other).cpu() for one, other in combinations(together, 2)}
         return found
 
     def _kept(self, name: str, digest: str, compute: Callable[[], dict[str, Tensor]], tokens: int, progress: Progress) -> dict[str, Tensor]:
@@ -149,6 +168,34 @@ class Activations:
         with replacing(path) as temporary:
             temporary.write_bytes(safetensors.torch.save({key: value.contiguous() for key, value in found.items()}))
         return found
+
+
+class _Moments(NeutralMoments):
+    """With the scatter between layers that are read together."""
+
+    def __init__(
+        self, width: int, layers: tuple[int, ...], about: Mapping[int, Tensor], dialogues: bool, together: tuple[int, ...]
+    ) -> None:
+        super().__init__(width, layers, about, dialogues=dialogues)
+        self._shapes |= {f"across.{one}.{other}": (width, width) for one, other in combinations(together, 2)}
+        self._together = together
+        self._seen: dict[int, Tensor] = {}
+
+    def see(self, layer: int, hidden: Tensor) -> None:
+        super().see(layer, hidden)
+        if layer not in self._together:
+            return
+        assert self._batch is not None
+        batch = self._batch.to(hidden.device)
+        rows = story_means(hidden, batch) if self._dialogues else widened(hidden[batch.kinds != UNUSED])
+        self._seen[layer] = rows - self._about[layer].to(rows)
+        for one in self._together[: self._together.index(layer)]:
+            self.at(f"across.{one}.{layer}", hidden.device).add_(self._seen[one].to(rows).T @ self._seen[layer])
+
+    def across(self, one: int, other: int) -> Tensor:
+        """The covariance [d, d] between two layers."""
+        count, first, second = float(self.at("count")), self.at(f"sum.{one}"), self.at(f"sum.{other}")
+        return (self.at(f"across.{one}.{other}") - first[:, None] * second.to(first) / count) / max(count - 1, 1)
 
 
 def _only(batch: Batch, pools: Sequence[int]) -> Batch:

@@ -19,7 +19,7 @@ from emovec.evaluation.activations import means
 from emovec.evaluation.causality_page import parts
 from emovec.evaluation.labelled import remade
 from emovec.evaluation.material import Material
-from emovec.evaluation.reading import ranks_of, read, read_layers
+from emovec.evaluation.reading import ranks_of, read
 from emovec.evaluation.stats import against, mean_estimate, permutation_p, quantiles, share_estimate, slopes
 from emovec.evaluation.steered import Steered, Value, with_random
 from emovec.evaluation.wordfamily import named
@@ -188,7 +188,7 @@ def _read_back(material: Material, written: list[list[list[int]]], words: Sequen
     rows = [row for row, (_, ids) in enumerate(answers) if ids]
     texts = [Tokens(prompt + ids, [UNUSED] * len(prompt) + [0] * len(ids)) for prompt, ids in answers if ids]
     free = [layer for layer in material.layers if layer not in material.bank.steer_layers]
-    above = min(free, key=lambda layer: (abs(layer - read_layers(material.bank)[-1]), -layer))
+    above = min(free, key=lambda layer: (abs(layer - material.bank.read_layer), -layer))
     wanted = sorted({0, above})
     found = means(Blocks(material.model, wanted), texts)[:, 0]
     scores = {}

@@ -71,6 +71,7 @@ def result(material: Material) -> dict[str, Any]:
     return {
         "names": list(material.corpus.names),
         "own_corpus": material.own_corpus,
+        "made_again": made_again(material, material.recipe),
         "read_layers": list(layers),
         "recipe": material.recipe.to_dict(),
         "tests": tests,
@@ -81,6 +82,23 @@ def result(material: Material) -> dict[str, Any]:
         "confusion": confusion,
         "chance": trial.chance(),
     }
+
+
+def made_again(material: Material, recipe: Recipe) -> float | None:
+    """The lowest cosine of a concept's reader with the one that the recipe makes from all texts; None: they are not the bank's texts.
+
+    Near 1 if the recipe that is tried is the one that the bank was made by, which its header alone does not prove.
+    """
+    if not material.own_corpus or material.options.quick:
+        return None
+    names = material.corpus.names
+    again = remade(material.everything(), names, read_layers(material.bank), recipe, material.moments)
+    rows, lowest = [material.bank.resolve(name) for name in names], 1.0
+    for layer in again.values():
+        own = material.bank[layer.index]
+        pairs = [(part.directions if part.readers is None else part.readers).double() for part in (own, layer)]
+        lowest = min(lowest, float(torch.nn.functional.cosine_similarity(pairs[0][rows], pairs[1]).min()))
+    return lowest
 
 
 class Trial:

@@ -16,6 +16,8 @@ HELD_OUT = {
     "texts": "other texts, same topics",
     "register": "the whole register",
 }
+SAME_BANK = 0.95
+"""The lowest cosine of readers at which the recipe has made the bank again."""
 MEASURES = ("top1", "top5", "family")
 
 
@@ -27,6 +29,13 @@ def parts(result: dict[str, Any]) -> list[Html | Figure]:
     known = {True: "The bank was made from all of these texts.", False: "The bank was made from other texts.", None: ""}[
         result["own_corpus"]
     ]
+    again = result["made_again"]
+    if again is not None:
+        known += (
+            f" The recipe makes the bank's own readers again (lowest cosine {again:.3f})."
+            if again >= SAME_BANK
+            else f" The recipe does not make the bank's own readers again (lowest cosine {again:.3f}): what follows is not about this bank."
+        )
     layers = ", ".join(map(str, result["read_layers"]))
     main = [part for part in result["tests"] if part["variant"] == "as the bank is read"]
     intro = text(

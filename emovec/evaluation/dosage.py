@@ -30,7 +30,7 @@ def result(material: Material) -> dict[str, Any]:
     if not items:
         return {"skipped": "no template's concepts are all among the bank's"}
     means = {layer: value for layer, value in material.pool("dosage", "turn start").items() if layer in bank.layers}
-    layer = read_layers(bank)[-1]
+    layer = bank.read_layer
     scores = read(bank, means, KIND)
     generator = material.generator("dosage")
     random = random_readings(material, means, generator)
@@ -52,14 +52,14 @@ def random_readings(material: Material, means: Mapping[int, Tensor], generator: 
     """Scores [N, R] of random readers as long as the bank's, at the layers it reads at and in its units: z against ordinary text."""
     count = RANDOM if not material.options.quick else RANDOM // 5
     random = torch.randn(count, material.bank.width, dtype=torch.float64, generator=generator)
-    found = []
+    moments, readers, found = material.moments[KIND], {}, []
     for layer in read_layers(material.bank):
         own = material.bank[layer]
         length = (own.directions if own.readers is None else own.readers).double().norm(dim=1).median()
-        drawn = random * length / random.norm(dim=1, keepdim=True)
-        baseline = material.moments[KIND].baseline(layer, drawn)
-        found.append((means[layer].double() @ drawn.T - baseline.mean.double()) / baseline.std.double())
-    return torch.stack(found).mean(0)
+        readers[layer] = random * length / random.norm(dim=1, keepdim=True)
+        baseline = moments.baseline(layer, readers[layer])
+        found.append((means[layer].double() @ readers[layer].T - baseline.mean.double()) / baseline.std.double())
+    return found[0] if len(found) == 1 else torch.stack(found).mean(0) / moments.together(readers).std.double()
 
 
 def _template(material: Material, item: Any, scores: Tensor, random: Tensor, hidden: Tensor) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from emovec.bank import BankLayer
 from emovec.evaluation.geometry_page import parts
 from emovec.evaluation.labelled import derived
 from emovec.evaluation.material import Material
-from emovec.evaluation.reading import read_layers
 from emovec.evaluation.stats import adjusted_rand, against, correlation, distinct, kmeans, quantiles
 
 __all__ = ["parts", "result"]
@@ -29,7 +28,7 @@ _DIGITS = 4
 def result(material: Material) -> dict[str, Any]:
     """Components against norms, clusters against families, and the likeness of layers."""
     names, by_layer, lengths, own = _directions(material)
-    layer = read_layers(material.bank)[-1]
+    layer = material.bank.read_layer
     cosines = {index: rows @ rows.T for index, rows in by_layer.items()}
     rated = [row for row, name in enumerate(names) if name in material.corpus.ratings]
     norms = torch.tensor([material.corpus.ratings[names[row]] for row in rated], dtype=torch.float64)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from emovec.bank import Bank, BankLayer, Baseline
+from emovec.bank import Bank, BankLayer, Baseline, Readout
 from emovec.bank_layer import KINDS
 from emovec.evaluation.stats import shuffled_within
 from emovec.extraction.recipe import Derived, Recipe, derive
@@ -62,12 +63,21 @@ def within_topics(train: Texts, seed: int) -> Texts:
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean [L, d] and covariance [L, d, d] in fp64 of the tokens at one kind of position, at ``layers``, over ``count`` of them."""
+    """What the tokens at one kind of position are like, in fp64.
+
+    Attributes:
+        mean: [L, d].
+        covariance: [L, d, d], within each layer.
+        count: tokens.
+        layers: the layers that L stands for.
+        across: two layers, ascending -> [d, d], their covariance; for layers that are read together.
+    """
 
     mean: Tensor
     covariance: Tensor
     count: int
     layers: tuple[int, ...]
+    across: Mapping[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
         row = self.layers.index(layer)
@@ -80,11 +90,24 @@ class Moments:
         std = ((rows @ covariance) * rows).sum(1).clamp_min(0).sqrt()
         return Baseline((rows @ mean).float(), std.float(), self.count)
 
+    def together(self, readers: Mapping[int, Tensor]) -> Baseline:
+        """How the mean over layers of these tokens' z-scores is spread, of readers layer -> [K, d]."""
+        scaled = {}
+        for layer, rows in readers.items():
+            scaled[layer] = rows.double() / self.baseline(layer, rows).std.double()[:, None]
+        variance = torch.zeros(len(next(iter(scaled.values()))), dtype=torch.float64)
+        for one, other in product(scaled, repeat=2):
+            between = self.of(one)[1] if one == other else self.across[min(one, other), max(one, other)]
+            first, second = sorted((one, other))
+            variance += ((scaled[first] @ between) * scaled[second]).sum(1)
+        std = (variance / len(scaled) ** 2).clamp_min(0).sqrt().float()
+        return Baseline(torch.zeros_like(std), std, self.count)
+
 
 def recipe_of(bank: Bank) -> Recipe | None:
     """The recipe that a bank was made by; None if it does not say."""
     said: Any = bank.meta.get("recipe")
-    known = {field.name for field in fields(Recipe)}
+    known = {each.name for each in fields(Recipe)}
     if not isinstance(said, Mapping) or not known & said.keys():
         return None
     return Recipe(**{name: value for name, value in said.items() if name in known})
@@ -100,12 +123,12 @@ def derived(train: Texts, layer: int, concepts: int, recipe: Recipe, neutral: Te
 def remade(
     train: Texts, names: Sequence[str], layers: Sequence[int], recipe: Recipe, moments: Mapping[str, Moments], *, readers: bool = True
 ) -> Bank:
-    """A bank made from ``train`` alone by ``recipe`` and calibrated as banks are; read at the last of ``layers``.
+    """A bank made from ``train`` alone by ``recipe`` and calibrated as banks are; read at ``layers``, together if there are several.
 
     Args:
         train: texts labelled by index into ``names``, with one of each concept at least.
         names: the concepts.
-        layers: the layers to make.
+        layers: the layers to make, ascending.
         recipe: what to do.
         moments: of the kinds of position, and of ``neutral_tokens`` and ``neutral_dialogues``.
         readers: False: read with the directions.
@@ -118,4 +141,8 @@ def remade(
         directions = found.directions.float()
         baselines = {kind: moments[kind].baseline(layer, directions if own is None else own) for kind in KINDS if kind in moments}
         made.append(BankLayer(layer, tuple(names), directions, readers=own, grand_mean=found.grand_mean.float(), baselines=baselines))
-    return Bank(made, read_layer=layers[-1])
+    together = None
+    if len(made) > 1:
+        onto = {layer.index: layer.directions if layer.readers is None else layer.readers for layer in made}
+        together = Readout(tuple(onto), {kind: moments[kind].together(onto) for kind in KINDS if kind in moments})
+    return Bank(made, read_layer=layers[len(layers) // 2], readout=together)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emovec.evaluation.labelled import derived
 from emovec.evaluation.material import Material
-from emovec.evaluation.reading import ranks_of, read_layers
+from emovec.evaluation.reading import ranks_of
 from emovec.evaluation.stats import against, distinct, hit_estimate, mean_estimate, share_estimate, shuffled_within
 from emovec.evaluation.wordfamily import named
 from emovec.evaluation.words import chance, plain, said
@@ -96,7 +96,7 @@ def _format(material: Material) -> dict[str, Any]:
     """Directions of the same messages as raw text and as users' turns: how alike a concept's two are, and different concepts'."""
     if "turns" not in material.means or material.recipe is None:
         return {"skipped": "this needs a register read in both formats, and the bank's recipe"}
-    layer, count = read_layers(material.bank)[-1], len(material.corpus.names)
+    layer, count = material.bank.read_layer, len(material.corpus.names)
     neutral = None if material.recipe.denoise is None else material.moments[f"neutral_{material.recipe.denoise}"].of(layer)[1]
     raw, chat = (derived(material.labelled(name), layer, count, material.recipe, neutral).directions for name in ("messages", "turns"))
     cosines = raw @ chat.T

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from emovec.evaluation.material import Material
-from emovec.evaluation.reading import all_ranks, read_layers
+from emovec.evaluation.reading import all_ranks
 from emovec.evaluation.stats import against, hit_estimate
 from emovec.evaluation.words import chance, said
 from emovec.models import decoder_path, unwrapped
@@ -28,7 +28,7 @@ _NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
 def result(material: Material) -> dict[str, Any]:
     """Top and bottom tokens of each concept, and whether its own word is among those that are its own."""
     bank, tokenizer = material.bank, material.tokenizer
-    layer = read_layers(bank)[-1]
+    layer = bank.read_layer
     logits = spoken(material.model, bank[layer].directions)
     if logits is None:
         return {"skipped": "the model has no final norm or no unembedding that can be told"}

@@ -21,9 +21,9 @@ def write(directory: Path, content: Mapping[str, Any], sections: Sequence[Sectio
         drawn = [figures.write(piece, directory / "figures") if isinstance(piece, Figure) else piece for piece in pieces]
         shown += [drawn[0], *map(_under, drawn[1:])]
     bank, sets = content["bank"], content["texts"]["sets"]
+    name, layers = content["model"]["name"] or "a model", ", ".join(map(str, bank["read_layers"]))
     lede = (
-        f"A bank of {len(bank['concepts'])} emotion concepts for {content['model']['name'] or 'a model'}, read at layer "
-        f"{bank['read_layer']}, on trial. "
+        f"A bank of {len(bank['concepts'])} emotion concepts for {name}, read at layer {layers}, on trial. "
         f"{sum(sets.values()):,} texts; every number is in report.json."
     )
     return page.write(directory / "report.html", "What these directions may be used for", shown, lede=lede)

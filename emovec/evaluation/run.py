@@ -124,7 +124,7 @@ def evaluate(
         )
         means = {name: activations.means(part, bar) for name, part in corpus.sets.items() if name not in MOMENTS_OF}
         first = means[next(iter(corpus.labels))][:, 0].double().mean(0)
-        moments = activations.moments(corpus.sets, dict(zip(blocks.layers, first, strict=True)), bar)
+        moments = activations.moments(corpus.sets, dict(zip(blocks.layers, first, strict=True)), tuple(sorted(read_layers(bank))), bar)
         meter = Meter(bar)
         own = _own_corpus(bank, tokenizer, recipe, stories)
         material = Material(bank, recipe, corpus, blocks.layers, means, moments, options, own, model, tokenizer, force, meter.advance)
@@ -134,8 +134,14 @@ def evaluate(
             meter.finish(section.cost)
     content = {
         "format": 1,
-        "bank": {"digest": belongs_to["bank"], "concepts": list(bank.names), "layers": list(bank.layers), "read_layer": bank.read_layer}
-        | {"steer_layers": list(bank.steer_layers), "families": {name: list(part) for name, part in bank.families.items()}},
+        "bank": {
+            "digest": belongs_to["bank"],
+            "concepts": list(bank.names),
+            "layers": list(bank.layers),
+            "read_layers": list(read_layers(bank)),
+            "steer_layers": list(bank.steer_layers),
+            "families": {name: list(part) for name, part in bank.families.items()},
+        },
         "model": {"name": bank.meta.get("model"), **{key: value for key, value in side.items() if key != "model"}},
         "emovec": belongs_to["emovec"],
         "options": belongs_to["options"],
@@ -215,7 +221,9 @@ def bank_digest(bank: Bank) -> str:
         for kind, baseline in layer.baselines.items():
             tensors |= {f"{layer.index}.{kind}.mean": baseline.mean.clone(), f"{layer.index}.{kind}.std": baseline.std.clone()}
         facts.append([layer.index, layer.residual_norm])
-    header = [bank.names, bank.read_layer, bank.steer_layers, bank.families, bank.meta, facts]
+    for kind, baseline in () if bank.readout is None else bank.readout.baselines.items():
+        tensors |= {f"readout.{kind}.mean": baseline.mean.clone(), f"readout.{kind}.std": baseline.std.clone()}
+    header = [bank.names, bank.read_layer, bank.read_layers, bank.steer_layers, bank.families, bank.meta, facts]
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode() + safetensors.torch.save(tensors)).hexdigest()
 
 

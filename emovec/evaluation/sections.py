@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from emovec import bank, bank_layer, readout
 from emovec.bank_layer import nearest, shown
 from emovec.evaluation import (
     activations,
@@ -32,9 +33,12 @@ from emovec.evaluation import (
 )
 from emovec.evaluation.figures import Figure
 from emovec.evaluation.material import Material
+from emovec.extraction import recipe
 from emovec.report.markup import Html
 
 Part = Html | Figure
+SHARED = (labelled, material, reading, stats, texts, bank, bank_layer, readout, recipe)
+"""Modules that every result depends on."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Section:
     @property
     def code(self) -> str:
         """A hash of what computes the result: another version's results are not reused."""
-        modules = (self.module, *self.needs, labelled, material, reading, stats, texts)
+        modules = (self.module, *self.needs, *SHARED)
         return hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)).hexdigest()[:16]
 
 

@@ -53,7 +53,7 @@ class _Maker:
 
     def __init__(self, material: Material, recipe: Recipe) -> None:
         self.material, self.recipe = material, recipe
-        self.layer = read_layers(material.bank)[-1]
+        self.layer = material.bank.read_layer
         self.texts: Texts = material.everything()
         self.concepts = len(material.corpus.names)
         self.rows = self.texts.at(self.layer)
@@ -136,8 +136,8 @@ class _Maker:
             told["cosine_with_plain"] = _summary((made.directions * plain).sum(1)[None])
             for name in trial.tested:
                 case = trial.cases(name)[0]
-                read = {"readers": trial.test(case, (self.layer,), recipe=recipe)}
-                read["directions"] = trial.test(case, (self.layer,), recipe=recipe, readers=False)
+                read = {"readers": trial.test(case, read_layers(self.material.bank), recipe=recipe)}
+                read["directions"] = trial.test(case, read_layers(self.material.bank), recipe=recipe, readers=False)
                 texts = trial.texts[name]
                 for which, (ranks, rows) in read.items():
                     hits, groups = trial.hits(case, (ranks, rows))["top1"], (texts.labels[rows], texts.topics[rows])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from emovec.evaluation.classification_page import SAME_BANK
 from emovec.evaluation.words import chance, plain, said
 from emovec.report.markup import Html, tag
 from emovec.report.tables import table
@@ -58,6 +59,8 @@ def _classified(held_out: str, measure: str, use: str, threshold: float) -> Call
         found = _there(sections, "classification")
         if found is None or (measure == "family" and not found["families"]):
             return _claim(use, NOT_TESTED, "", rule)
+        if found["made_again"] is not None and found["made_again"] < SAME_BANK:
+            return _claim(use, NOT_TESTED, f"the recipe does not make this bank again: lowest cosine {found['made_again']:.3f}", rule)
         tests = [part for part in found["tests"] if part["held_out"] == held_out and part["variant"] == "as the bank is read"]
         grades, evidence = [], []
         for part in tests:
