@@ -71,6 +71,11 @@ class _Bound:
     def __init__(self, threshold: Threshold, bank: Bank, tokenizer: Any) -> None:
         self.threshold, self.action = threshold, threshold.action
         self.layers = bank.read_layers if threshold.layer is None else (threshold.layer,)
+        if threshold.calibrated_at not in (None, self.layers):
+            raise ValueError(
+                f"threshold on {shown(threshold.label)}: its bound comes from readings at {_listed(threshold.calibrated_at)}, "
+                f"the bank is read at {_listed(self.layers)}; calibrate it on readings of that"
+            )
         weights = threshold.weights(bank.names, bank.families)
         for layer in self.layers:
             lacking = [bank.names[k] for k in weights.nonzero().flatten().tolist() if bank.names[k] in bank[layer].uncalibrated]
@@ -183,6 +188,10 @@ class Watching:
                 self.overlaid[sequence] = [other for other in self._bound if other.steer is not None].index(one)
             else:
                 action(event)
+
+
+def _listed(layers: Sequence[int] | None) -> str:
+    return ", ".join(map(str, layers or ()))
 
 
 def _refusal(action: Refuse, tokenizer: Any) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from emovec.bank_layer import shown, unknown
 from emovec.monitor import Reading
 from emovec.steer import MAX_SCORE, SCOPES, Steering
 
+Number = TypeVar("Number", float, Tensor)
 Of = str | Mapping[str, float]
 """What a threshold is on: a concept, a family (the mean of its members), or a weighted sum of such."""
 
@@ -100,6 +101,7 @@ class Threshold:
         hold: so many tokens in a row must be above, so that one noisy token does not fire. It fires again only after a token that was not.
         on: "all", "prompt" or "generated": only these tokens count.
         layer: where to read; default: what the bank's scores come from.
+        calibrated_at: the layers whose readings gave ``above``; a bank that is read at others is refused.
 
     Raises:
         ValueError: naming the argument.
@@ -112,6 +114,7 @@ class Threshold:
     hold: int = 3
     on: str = "all"
     layer: int | None = None
+    calibrated_at: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         terms = self.terms
@@ -143,8 +146,9 @@ class Threshold:
         Raises:
             ValueError: as :func:`calibrate_threshold`.
         """
-        probe = cls(of, 0.0, Stop() if action is None else action, **options)
-        return replace(probe, above=calibrate_threshold(probe, readings, rate))
+        probe, seen = cls(of, 0.0, Stop() if action is None else action, **options), list(readings)
+        above = calibrate_threshold(probe, seen, rate)
+        return replace(probe, above=above, calibrated_at=seen[0].read_layers if probe.layer is None else (probe.layer,))
 
     @property
     def terms(self) -> dict[str, float]:
@@ -183,13 +187,16 @@ class Course:
     def __init__(self, threshold: Threshold) -> None:
         self._decay = 0.5 ** (1 / threshold.halflife) if threshold.halflife > 0 else 0.0
         self._above, self._hold = threshold.above, threshold.hold
-        self._total = self._weight = 0.0
+        self._total: Any = 0.0
+        self._weight = 0.0
         self._run = 0
 
-    def smooth(self, score: float) -> float:
+    def smooth(self, score: Number) -> Number:
+        """The smoothed value at the next token; of a tensor element by element."""
         self._total = self._decay * self._total + score
         self._weight = self._decay * self._weight + 1
-        return self._total / self._weight
+        smoothed: Number = self._total / self._weight
+        return smoothed
 
     def fires(self, value: float) -> bool:
         """Whether the threshold fires at this smoothed value: it is the ``hold``-th above in a row."""
@@ -226,16 +233,20 @@ def calibrate_threshold(threshold: Threshold, readings: Iterable[Reading], rate:
 
 def peak(threshold: Threshold, reading: Reading) -> float:
     """The highest bound at which ``threshold`` would still fire in this reading, were it not for rounding; -inf if it is too short."""
+    return max(runs_of(threshold, reading, threshold.weights(reading.names, reading.members())[:, None])[:, 0].tolist(), default=-math.inf)
+
+
+def runs_of(threshold: Threshold, reading: Reading, weights: Tensor) -> Tensor:
+    """[T', n]: for every ``hold`` tokens in a row the lowest of their smoothed values, for n columns of ``weights`` [K, n]."""
     if not reading.calibrated:
         raise ValueError("the reading holds raw projections; a threshold in score units needs a calibrated bank")
     scores = reading.scores if threshold.layer is None else reading.at(threshold.layer)
-    weights = threshold.weights(reading.names, reading.members())
-    values = (scores.to("cpu", torch.float64) @ weights).tolist()
+    rows = [row for row, kind in enumerate(reading.kind) if counts(threshold, kind, reading.positions[row])]
     course = Course(threshold)
-    counted = zip(reading.kind, reading.positions, values, strict=True)
-    smoothed = [course.smooth(value) for kind, position, value in counted if counts(threshold, kind, position)]
-    runs = (smoothed[start : start + threshold.hold] for start in range(len(smoothed) - threshold.hold + 1))
-    return max((min(run) for run in runs), default=-math.inf)
+    smoothed = [course.smooth(value) for value in (scores.to("cpu", torch.float64)[rows] @ weights).unbind()]
+    if len(smoothed) < threshold.hold:
+        return torch.empty(0, weights.shape[1], dtype=torch.float64)
+    return torch.stack(smoothed).unfold(0, threshold.hold, 1).amin(-1)
 
 
 def counts(threshold: Threshold, kind: str, position: int) -> bool:

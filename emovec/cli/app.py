@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from emovec.cli import bank, compare, demo, evaluate, extract, generate, info, read, stories
+from emovec.cli import bank, calibrate, compare, demo, evaluate, extract, generate, info, read, stories
 from emovec.cli.common import fail
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("demo")(demo.demo)
 app.command("read")(read.read)
 app.command("generate")(generate.generate)
 app.command("extract")(extract.extract)
+app.command("calibrate")(calibrate.calibrate)
 app.command("compare")(compare.compare)
 app.command("stories")(stories.stories)
 app.command("evaluate")(evaluate.evaluate)

@@ -154,15 +154,15 @@ def guard(on: Loaded, ordinary: int = 40, tokens: int = 60) -> Guarded:
     """Calibrate a threshold on ordinary conversations, then let it watch a generation that is pushed toward despair."""
     from emovec.extraction.corpus import shipped
 
-    layer = on.bank.read_layer
+    layers = on.bank.read_layers
     lines = shipped("ordinary.jsonl").read_text(encoding="utf-8").splitlines()[:ordinary]
-    with attach(on.model, on.bank, layers=[layer], tokenizer=on.tokenizer) as probe:
+    with attach(on.model, on.bank, layers=layers, tokenizer=on.tokenizer) as probe:
         inputs = on.encode([json.loads(line)["content"] for line in lines])
         write(on, inputs, 24)
         readings = list(probe)
     threshold = Threshold.calibrated(GUARDED, readings, FALSE_ALARMS, Stop())
     inputs = on.encode(GUARD_PROMPT)
-    with attach(on.model, on.bank, steer=GUARD_BIAS, layers=[layer], guard=Guard(threshold), tokenizer=on.tokenizer) as probe:
+    with attach(on.model, on.bank, steer=GUARD_BIAS, layers=layers, guard=Guard(threshold), tokenizer=on.tokenizer) as probe:
         text = write(on, inputs, tokens)[0]
         reading, events = probe[0], probe.events
     with attach(on.model, on.bank, steer=GUARD_BIAS, read=False):

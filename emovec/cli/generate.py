@@ -28,6 +28,7 @@ from emovec.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from emovec.bank import Bank
     from emovec.guard import Guard
 
 _GUARD = re.compile(r"\s*(.+?)\s*>\s*(\S+)\s*")
@@ -40,7 +41,10 @@ def generate(
     profile: Annotated[str | None, typer.Option(help="A named steering value of a TOML file.", metavar="FILE:NAME")] = None,
     layers: Annotated[str | None, typer.Option(help="Steer at these layers of the bank, such as 12,15. Default: the bank's.")] = None,
     guard: Annotated[
-        list[str] | None, typer.Option(help="Stop when a concept or family scores above this: `desperate>2`.", metavar="NAME>SCORE")
+        list[str] | None,
+        typer.Option(
+            help="Stop when a concept or family scores above this: `desperate>2`; `desperate`: the bank's bound.", metavar="NAME[>SCORE]"
+        ),
     ] = None,
     hold: Annotated[int, typer.Option(help="So many tokens in a row must be above it.", min=1)] = 3,
     halflife: Annotated[float, typer.Option(help="Of the guard's smoothing, in tokens.", min=0)] = 8,
@@ -80,7 +84,7 @@ def generate(
     network, tokenizer, loaded = load(model, bank, device=device, dtype=dtype)
     steering = steering_of(bias, profile, loaded.names)
     action = steering_of(calm_down, None, loaded.names) if calm_down else refuse
-    watch = guard_of(guard or (), action, hold, halflife)
+    watch = guard_of(guard or (), action, hold, halflife, loaded)
     inputs = encode(tokenizer, words, chat=False if raw else None, device=network.device)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -111,8 +115,9 @@ def generate(
         raise typer.Exit(3)
 
 
-def guard_of(conditions: Sequence[str], action: Any, hold: int, halflife: float) -> Guard | None:
+def guard_of(conditions: Sequence[str], action: Any, hold: int, halflife: float, bank: Bank) -> Guard | None:
     """The guard that ``--guard`` asks for; ``action``: None to stop, a text to refuse with, or what to steer with."""
+    from emovec.calibration import threshold_of
     from emovec.guard import Guard, Refuse, Steer, Stop, Threshold
 
     if not conditions:
@@ -120,12 +125,17 @@ def guard_of(conditions: Sequence[str], action: Any, hold: int, halflife: float)
     done = Stop() if action is None else Refuse(action) if isinstance(action, str) else Steer(action)
     thresholds = []
     for text in conditions:
+        if text in bank.names:
+            thresholds.append(threshold_of(bank, text, done))
+            continue
         found = _GUARD.fullmatch(text)
         try:
             name, above = (found[1], float(found[2])) if found else ("", 0.0)
         except ValueError:
             found = None
         if found is None:
-            raise typer.BadParameter(f"{text!r} is not NAME>SCORE, such as 'desperate>2'", param_hint="--guard")
+            raise typer.BadParameter(
+                f"{text!r} is neither a concept of the bank nor NAME>SCORE, such as 'desperate>2'", param_hint="--guard"
+            )
         thresholds.append(Threshold(name, above, done, hold=hold, halflife=halflife))
     return Guard(*thresholds)
