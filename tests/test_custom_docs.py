@@ -34,12 +34,25 @@ def test_the_tables_of_a_new_concept(bench: Any) -> None:
 
 def test_what_the_page_says_of_the_new_concept(bench: Any) -> None:
     results = bench("provenance").read("custom")["results"]
-    found = results["evidence"]["sarcastic"]
-    assert (found["stories"], found["contrasts"]) == (10, {"own text": 10})
-    assert found["interval"][0] > 0.5
-    assert found["p"] < 0.05
-    assert results["evidence"]["against the corpus's mean"]["contrasts"] == {"mean": 10}
-    assert results["messages"] == 12
+    evidence, read = results["evidence"], results["read"]
+    both, plain, mean = "sarcastic", "plain contrasts only", "against the corpus's mean"
+    assert (evidence[both]["stories"], evidence[both]["topics"], evidence[both]["contrasts"]) == (20, 10, {"own text": 20})
+    assert evidence[both]["p"] < 0.05
+    # plain contrasts alone make a reader of praise, and one warning says so
+    assert read[plain]["contrast"]["right"] == read[plain]["contrast"]["of"] == results["messages"] == 12
+    assert evidence[plain]["accuracy"] == 1.0
+    assert [said.split(" do as well")[0] for said in evidence[plain]["warnings"]] == ["the words alone (layer 0)"]
+    assert read[plain]["sincere"]["p"] > 0.05
+    assert read[plain]["scores"]["text"] - read[plain]["scores"]["sincere"] < 0.1
+    assert "blissful" in dict(results["emotions"]["contrast"]["best"])
+    # sincere ones help, and do not settle it
+    assert read[both]["sincere"]["right"] > read[plain]["sincere"]["right"]
+    assert read[both]["scores"]["text"] - read[both]["scores"]["sincere"] < 0.5
+    assert evidence[both]["words"] >= evidence[both]["accuracy"]
+    # without contrasts
+    assert evidence[mean]["contrasts"] == {"mean": 10}
+    assert evidence[mean]["accuracy"] == 1.0
+    assert read[mean]["scores"]["sincere"] > read[mean]["scores"]["text"]
 
 
 def test_the_table_of_the_scale(bench: Any) -> None:
@@ -52,9 +65,10 @@ def test_the_table_of_the_scale(bench: Any) -> None:
 
 
 def test_the_example_stories_are_pairs_that_do_not_name_their_concept() -> None:
-    for name, count in (("sarcastic", 10), ("sarcastic_messages", 12)):
+    for name, topics, each in (("sarcastic", 10, 2), ("sarcastic_messages", 12, 1)):
         pairs = list(corpus.pairs(ROOT / f"examples/{name}.jsonl")())
-        assert len({pair.topic for pair in pairs}) == len(pairs) == count
+        assert len({pair.topic for pair in pairs}) == topics
+        assert len({(pair.topic, pair.contrast) for pair in pairs}) == len(pairs) == topics * each
         for pair in pairs:
             assert pair.contrast is not None
             assert named(pair.text + pair.contrast, pair.emotion) == []
