@@ -88,7 +88,7 @@ def material(
         together: whether the bank reads both of its layers.
         options: fields of Options.
     """
-    options = {"samples": 200, "permutations": 200, **options}
+    options = {"samples": 100, "permutations": 120, **options}
     stories, labels, means = {}, {}, {}
     for number, (register, count) in enumerate(TOPICS.items()):
         concept = torch.arange(len(NAMES)).repeat(count)

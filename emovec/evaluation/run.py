@@ -193,7 +193,7 @@ class State:
                     return kept
             except (ValueError, KeyError, TypeError):
                 pass
-        say(f"{self._part.name} ...")
+        say(f"{self._part.name}: {self._part.title}")
         result = json.loads(json.dumps(finite(compute()), allow_nan=False))
         _put_json(self.path, {"key": self._key, "result": result})
         fresh: dict[str, Any] = result
