@@ -3,8 +3,9 @@
 For every layer: made from all topics of the stories but two and all premises of the messages but one, and tested on those, five
 times, so that every text is tested once. A text is given to the concept that reads highest on its mean activation, scores centred
 within its topic. Activations are computed once; of each text its means at all layers are kept. Beside each figure stands what
-chance, shuffled labels and layer 0 (hardly more than the words) give. Then the same with stories alone: tested on other topics,
-and on chat messages, a register that nothing was made from.
+chance, shuffled labels and layer 0 (hardly more than the words) give. Then the same with one register alone, tested on the other,
+which nothing was made from; and with layers read together, as a bank's readout does: the mean of their scores, each in units of its
+deviation.
 
 Writes bench/results/heldout.json and the tables of docs/extraction.md; with `--tables` the tables alone, from the results there are.
 """
@@ -35,6 +36,8 @@ MODEL = "smollm2-135m-instruct"
 RECIPE = Recipe(skip_share=0.33)  # that of the shipped bank
 SHOWN = (0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 29)  # layers in the page's table; all are in the results
 PERCENT = ("top1", "top5", "family")
+SETS = ((15,), (18,), (21,), (15, 18, 21), (12, 15, 18, 21, 24), (9, 12, 15, 18, 21, 24, 27))  # of layers that are read together
+MADE_OF = (("stories", "messages"), ("stories",), ("messages",))
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,22 @@ def made_from(train: Texts, layer: int, neutral: Tensor, recipe: Recipe = RECIPE
 
 def accuracy(onto: Tensor, test: Texts, layer: int, about: Tensor | None = None) -> Tensor:
     """Top-1, top-5 and family accuracy [3] of readers ``onto`` [K, d], centred within topics or ``about`` a mean [d]."""
-    rows = test.means[:, layer].double()
-    scores = (rows if about is None else rows - about) @ onto.T
     if about is None:
-        for topic in test.topics.unique():
-            here = test.topics == topic
-            scores[here] -= scores[here].mean(0)
+        return rates(centred_scores(onto, test, layer), test)
+    return rates((test.at(layer) - about) @ onto.T, test)
+
+
+def centred_scores(onto: Tensor, test: Texts, layer: int) -> Tensor:
+    """[N, K], less their mean within each topic."""
+    scores = test.at(layer) @ onto.T
+    for topic in test.topics.unique():
+        here = test.topics == topic
+        scores[here] -= scores[here].mean(0)
+    return scores
+
+
+def rates(scores: Tensor, test: Texts) -> Tensor:
+    """Top-1, top-5 and family accuracy [3] of scores [N, K]."""
     order = scores.argsort(1, descending=True)
     hits = order == test.labels[:, None]
     families = family_of_each()
@@ -148,6 +161,38 @@ def heldout(
     return {name: {which: summary(values) for which, values in kinds.items()} for name, kinds in found.items()}
 
 
+def together(data: Study, layers: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Accuracy on held-out texts of the readers of ``layers`` together; by what they are made from and what they are tested on."""
+    found: dict[str, dict[str, list[Tensor]]] = {}
+    for stories, messages in folds(data):
+        parts = {"stories": data.stories.where(~stories), "messages": data.messages.where(~messages)}
+        tests = {"stories": data.stories.where(stories), "messages": data.turns.where(messages)}
+        for names in MADE_OF:
+            train = parts[names[0]] if len(names) == 1 else parts["stories"] + parts["messages"]
+            scores = {name: torch.zeros(len(test.labels), len(corpus.emotions()), dtype=torch.float64) for name, test in tests.items()}
+            for layer in layers:
+                readers = made_from(train, layer, data.neutral).readers
+                assert readers is not None
+                spread = (train.at(layer) @ readers.T).std(0)
+                for name, test in tests.items():
+                    scores[name] += centred_scores(readers, test, layer) / spread
+            for name, test in tests.items():
+                found.setdefault(" and ".join(names), {}).setdefault(name, []).append(rates(scores[name], test))
+    return {made: {name: summary(values) for name, values in tested.items()} for made, tested in found.items()}
+
+
+def across(found: dict[str, dict[str, Any]]) -> float:
+    """Mean top-1 on the register that nothing was made from."""
+    return float(found["stories"]["messages"]["top1"] + found["messages"]["stories"]["top1"]) / 2
+
+
+def fewest(sets: Sequence[dict[str, Any]]) -> list[int]:
+    """The layers to read together: each costs a pass over the stream, so no more than are worth it."""
+    highest = max(across(each["found"]) for each in sets)
+    found: list[int] = min((each["layers"] for each in sets if across(each["found"]) > highest - 0.01), key=len)
+    return found
+
+
 def learning(data: Study, layer: int) -> list[dict[str, Any]]:
     """The last two topics as read by what was made from the first two, four, six and all eight others."""
     test = data.stories.where(data.stories.among([8, 9]))
@@ -188,14 +233,22 @@ def measured(data: Study) -> dict[str, Any]:
         found = layers[-1]["both"]["stories"]
         print(f"layer {layer:2}: directions {found['directions']['top1']:.3f}, readers {found['readers']['top1']:.3f}", flush=True)
     chosen = best(layers)
+    sets = [{"layers": list(each), "found": together(data, each)} for each in SETS]
     families = torch.bincount(family_of_each()).double() / len(corpus.emotions())
     return {
         "model": MODEL,
         "recipe": RECIPE.to_dict(),
         "texts": {"stories": len(data.stories.labels), "messages": len(data.messages.labels), "folds": len(folds(data))},
         "chance": {"top1": round(1 / 171, 4), "top5": round(5 / 171, 4), "family": round(float((families**2).sum()), 4)},
-        "chosen": {"layer": chosen, "rule": "highest top-1, mean of directions and readers on held-out stories and held-out messages"},
+        "chosen": {
+            "layer": chosen,
+            "rule": "highest top-1, mean of directions and readers on held-out stories and held-out messages",
+            "read_together": fewest(sets),
+            "rule_together": "fewest layers within 0.01 of the highest top-1 on the register that nothing was made from, mean of both ways",
+        },
         "layers": layers,
+        "together": sets,
+        "words_alone": together(data, (0,)),
         "shuffled": heldout(data, chosen, shuffled=True),
         "messages_only": heldout(data, chosen, ("messages",)),
         "learning": learning(data, chosen),
@@ -224,6 +277,12 @@ def tables(results: dict[str, Any], machine: str) -> dict[str, str]:
     def name(layer: int) -> str:
         return f"**{layer}**" if layer == chosen else "0 (hardly more than the words)" if layer == 0 else str(layer)
 
+    def of_set(layers: list[int], found: dict[str, dict[str, Any]]) -> str:
+        cells = [three(found["stories and messages"][test]) for test in ("stories", "messages")]
+        cells += [three(found["stories"]["messages"]), three(found["messages"]["stories"])]
+        title = name(0) if layers == [0] else ", ".join(map(str, layers))
+        return f"| {'**' + title + '**' if layers == results['chosen']['read_together'] else title} | {' | '.join(cells)} |"
+
     shown = [found for found in results["layers"] if found["layer"] in {*SHOWN, chosen}]
     chance = " / ".join(f"{results['chance'][key]:.3f}" for key in PERCENT)
     others = [row("shuffled labels", results["shuffled"]), f"| chance | {' | '.join([chance] * 4)} |"]
@@ -238,6 +297,12 @@ def tables(results: dict[str, Any], machine: str) -> dict[str, str]:
                 row("stories, layer 0", results["layers"][0]["stories_only"]),
             ],
         ),
+        "together": [
+            "| read at | made from both: stories | messages | from stories: messages | from messages: stories |",
+            "|---|---|---|---|---|",
+            *(of_set(each["layers"], each["found"]) for each in results["together"]),
+            of_set([0], results["words_alone"]),
+        ],
         "variants": table("recipe", [row(name, found) for name, found in results["variants"].items()]),
         "learning": [
             "| topics | directions | readers |",

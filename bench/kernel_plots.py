@@ -8,7 +8,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pages
 import provenance
-from kernel_tables import torch_form
+from kernel_tables import plain, torch_form
 
 Times = dict[str, list[tuple[int, float, float, float]]]  # by line: tokens, and microseconds: least, median, most
 STYLES: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ def draw(name: str, title: str, panels: dict[str, Times]) -> None:
 def gpu() -> None:
     found = provenance.read("gpu")
     panels: dict[str, Times] = {}
-    for case in found["results"]["cases"]:
+    for case in plain(found["results"]["cases"]):
         if case["width"] != 4096:
             continue
         times = panels.setdefault(case["work"], {})

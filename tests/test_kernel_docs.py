@@ -34,7 +34,7 @@ def test_the_figures_of_the_readme_are_those_of_the_results(bench: Any) -> None:
             cells = " | ".join(f"{value / scale:.{digits}f} {unit}" for value in (ours, torch))
             assert f"| {case['tokens']} x 4096 | {cells} |" in readme
     works = {"read": "read", "add": "read and add", "rules": "rules on every token"}
-    for case in bench.provenance.read("gpu")["results"]["cases"]:
+    for case in bench.plain(bench.provenance.read("gpu")["results"]["cases"]):
         if case["width"] == 4096 and (case["tokens"] == 16384 or (case["tokens"] in (1, 64, 1024) and case["work"] == "add")):
             digits, floor = (0, f"{case['floor_us']:.0f} \u00b5s ") if case["tokens"] == 16384 else (1, "")
             ours, torch = (f"{case['min_median_max_us'][name][1]:.{digits}f} \u00b5s" for name in ("auto", "torch"))
