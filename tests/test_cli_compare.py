@@ -127,7 +127,7 @@ def test_wrong_alarms_are_explained_before_a_model_is_loaded(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--on", "middle"), "turn_start, prompt, answer"),
+        (("--on", "middle"), "prompt, turn_start, answer"),
         (("--answers", "ours"), "own, same"),
         (("--answers", "same"), "--on answer"),
         (("--dtype", "int4"), "int4"),

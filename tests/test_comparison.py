@@ -198,6 +198,22 @@ def test_models_of_other_shapes_need_a_bank_each(bank: Bank) -> None:
     torch.testing.assert_close(found.a, against(tiny.model(), bank).a[:, [0, 3]])
 
 
+def test_a_bank_may_be_forced_on_both(bank: Bank) -> None:
+    """As when a fine-tune is compared with another one, in units of the model that they come from."""
+    with hooked(lambda output: output + 0.3) as flat, hooked(lambda output: output + 0.3 + bank[LAYER].direction("happy")) as glad:
+        for model in (flat, glad):
+            with torch.no_grad():
+                model.get_input_embeddings().weight.mul_(1.05)  # so that neither is the bank's
+        words = plain.tokenizer()
+        arguments = (flat, glad, words, words, bank, None, NEUTRAL, CHALLENGING)
+        with pytest.raises(BankError, match="force=True"):
+            compare(*arguments, **OPTIONS)
+        with pytest.warns(UserWarning, match="made for tiny"):
+            found = compare(*arguments, force=True, match_norms=False, **OPTIONS)
+    expected = (bank[LAYER].directions @ bank[LAYER].direction("happy") / bank[LAYER].baseline("prompt").std).tolist()
+    assert [found.shifts[name].mean for name in tiny.CONCEPTS] == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_bank_of_another_model_is_refused_but_that_of_a_reads_b(bank: Bank) -> None:
     stranger = tiny.fresh()
     with torch.no_grad():
@@ -250,7 +266,7 @@ def test_the_template_of_a_writes_for_both(bank: Bank) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"on": "middle"}, "turn_start, prompt, answer"),
+        ({"on": "middle"}, "prompt, turn_start, answer"),
         ({"answers": "ours", "on": "answer"}, "own, same"),
         ({"answers": "same"}, "on='answer'"),
         ({"answers": ["w1"] * 3, "on": "answer"}, "3 answers for 19 prompts"),

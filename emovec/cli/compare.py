@@ -26,7 +26,9 @@ def compare(
     challenging: Annotated[
         Path | None, typer.Option(help="Prompts that put a model under strain, likewise; an empty file for none.")
     ] = None,
-    on: Annotated[str, typer.Option(help="`turn_start` (the last token before the answer), `prompt` or `answer`.")] = "turn_start",
+    on: Annotated[
+        str, typer.Option(help="`prompt` (the user's words), `turn_start` (the last token before the answer) or `answer`.")
+    ] = "prompt",
     answers: Annotated[str, typer.Option(help="For `--on answer`: each model's `own`, or the `same`, A's, for both.")] = "own",
     max_new_tokens: Annotated[int, typer.Option(help="Of an answer.", min=1)] = 24,
     alarm: Annotated[

@@ -26,7 +26,7 @@ from emovec.fingerprint import differences, template_hash
 
 __all__ = ["ANSWERS", "AXES", "POSITIONS", "Alarm", "AlarmError", "Comparison", "Estimate", "Shift", "compare"]
 
-POSITIONS = ("turn_start", "prompt", "answer")
+POSITIONS = ("prompt", "turn_start", "answer")
 """Where models can be compared; the first is the default."""
 
 ANSWERS = ("own", "same")
@@ -46,7 +46,7 @@ def compare(
     prompts: Source | None = None,
     challenging: Source | None = None,
     *,
-    on: str = "turn_start",
+    on: str = "prompt",
     answers: str | Sequence[str] = "own",
     max_new_tokens: int = 24,
     match_norms: bool = True,
@@ -67,7 +67,7 @@ def compare(
         bank_b: made for B: each model is read with its own, in units of its own baseline. Needed for models of other shapes.
         prompts: ordinary prompts, objects with ``content``; default: those that come with emovec.
         challenging: prompts that put a model under strain; default: likewise; ``()`` for none.
-        on: "turn_start": the last token before the answer; "prompt": the mean over the user's words; "answer": the mean
+        on: "prompt": the mean over the user's words; "turn_start": the last token before the answer; "answer": the mean
             over the tokens of an answer.
         answers: with ``on="answer"``, "own": each model's own greedy answer; "same": A's greedy answer for both; or a text
             for each prompt, the ordinary ones first, for both.
