@@ -10,7 +10,7 @@ from emovec.report.markup import Html
 from emovec.report.prose import text
 from emovec.report.tables import matrix, table
 
-_SHOWN = 32  # words in the map of the first two components
+_SHOWN = 32  # words in the map
 
 
 def parts(result: dict[str, Any]) -> list[Html | Figure]:
@@ -29,7 +29,7 @@ def parts(result: dict[str, Any]) -> list[Html | Figure]:
     if layer in result["components"]:
         found += [
             _components(result, layer),
-            Figure("components", "The first two components", lambda figure: _map(figure, result, layer), (8.6, 5.6)),
+            Figure("components", "Where the concepts lie", lambda figure: _map(figure, result, layer), (8.6, 5.6)),
         ]
         found.append(Figure("norms", "Valence and arousal by layer", lambda figure: _norms(figure, result), (8.6, 2.9), note=_NORMS_NOTE))
     else:
@@ -69,31 +69,27 @@ def _components(result: dict[str, Any], layer: str) -> Html:
 
 
 def _map(figure: Any, result: dict[str, Any], layer: str) -> None:
+    """The component that carries valence across, the one that carries arousal up; the first two where one carries both."""
     components = result["components"][layer]
-    places, rated = components["places"], components["rated"]
+    places, rated, norms = components["places"], components["rated"], components["norms"]
+    shown = [norms[norm]["carried_by"] for norm in ("valence", "arousal")]
+    shown = [0, 1] if shown[0] == shown[1] else shown
     axes = figure.subplots()
-    signs = [1.0, 1.0]
-    for part in components["norms"].values():
-        if part["carried_by"] < 2:
-            signs[part["carried_by"]] = 1.0 if part["r"][part["carried_by"]]["value"] >= 0 else -1.0
+    sides = []
+    for component, norm in zip(shown, ("valence", "arousal"), strict=True):
+        r = norms[norm]["r"][component]["value"]
+        sides.append([(-1.0 if r < 0 else 1.0) * places[row][component] for row in rated])
     valence = [rating[0] for rating in components["ratings"]]
     low, high = min(valence), max(valence)
-    xs, ys = ([signs[column] * places[row][column] for row in rated] for column in (0, 1))
-    axes.scatter(xs, ys, c=[_shade((value - low) / ((high - low) or 1)) for value in valence], s=26, edgecolors=MUTED, linewidths=0.5)
+    axes.scatter(*sides, c=[_shade((value - low) / ((high - low) or 1)) for value in valence], s=26, edgecolors=MUTED, linewidths=0.5)
     step = max(1, len(rated) // _SHOWN)
-    for index in sorted(range(len(rated)), key=lambda index: xs[index])[::step]:
-        axes.annotate(
-            result["names"][rated[index]], (xs[index], ys[index]), xytext=(4, 2), textcoords="offset points", fontsize=8, color=INK
-        )
-    axes.set_xlabel("PC1" + _carries(components, 0))
-    axes.set_ylabel("PC2" + _carries(components, 1))
+    for index in sorted(range(len(rated)), key=lambda index: sides[0][index])[::step]:
+        at = (sides[0][index], sides[1][index])
+        axes.annotate(result["names"][rated[index]], at, xytext=(4, 2), textcoords="offset points", fontsize=8, color=INK)
+    axes.set_xlabel(f"PC{shown[0] + 1}, r with valence {abs(norms['valence']['r'][shown[0]]['value']):.2f}")
+    axes.set_ylabel(f"PC{shown[1] + 1}, r with arousal {abs(norms['arousal']['r'][shown[1]]['value']):.2f}")
     axes.tick_params(length=0)
     axes.set_title("colour: rated valence, blue unpleasant, orange pleasant", loc="left", fontsize=9, color=MUTED)
-
-
-def _carries(components: dict[str, Any], index: int) -> str:
-    carried = [norm for norm, part in components["norms"].items() if part["carried_by"] == index]
-    return f" (carries {' and '.join(carried)})" if carried else ""
 
 
 def _shade(share: float) -> str:
@@ -146,7 +142,9 @@ def _cosines(figure: Any, result: dict[str, Any]) -> None:
             index: [place for place, row in enumerate(order) if result["family"][row] == index] for index in range(len(result["families"]))
         }
         shown = {index: found for index, found in places.items() if found}
-        axes.set_yticks([(found[0] + found[-1]) / 2 for found in shown.values()], [result["families"][index] for index in shown])
+        axes.set_yticks(
+            [(found[0] + found[-1]) / 2 for found in shown.values()], [result["families"][index] for index in shown], fontsize=8
+        )
         for found in shown.values():
             axes.axhline(found[-1] + 0.5, color=MUTED, linewidth=0.4)
             axes.axvline(found[-1] + 0.5, color=MUTED, linewidth=0.4)
