@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from test_cli import run
+from banks import run_examples
+from test_cli import emovec, run
 from test_readout import a_bank
 
 from emovec.bank import Bank, BankError, UnknownConcept, fingerprint, load_bank
@@ -189,7 +191,7 @@ def test_the_command(tmp_path: object) -> None:
     prompts.write_text("".join(json.dumps({"content": f"What is {n} plus {n}?"}) + "\n" for n in range(8)), encoding="utf-8")
     target = tmp_path / "bank.safetensors"  # type: ignore[operator]
     options = ["--ordinary", str(prompts), "--rate", "0.25", "--new-tokens", "6", "--guard-only", "--json"]
-    guard = json.loads(run("calibrate", "smollm2-135m-instruct", "smollm2-135m-instruct", "--out", str(target), *options))
+    guard = json.loads(emovec("calibrate", "smollm2-135m-instruct", "smollm2-135m-instruct", "--out", str(target), *options).stdout)
     assert guard["measured"]["units"] == 4
     bank = load_bank(target)
     assert bank.meta["guard"] == guard
@@ -197,3 +199,24 @@ def test_the_command(tmp_path: object) -> None:
     assert all(bank[layer] == shipped[layer] for layer in shipped.layers)
     with pytest.raises(ValueError, match="rate must be above 0 and below 1, got 7"):
         run("calibrate", "smollm2-135m-instruct", "smollm2-135m-instruct", "--out", str(target), "--rate", "7")
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_page_run() -> None:
+    run_examples("calibration.md")
+
+
+def test_the_table_of_the_page_is_that_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(root / "bench")
+    import guard
+    import pages
+    import provenance
+
+    found = provenance.read("guard")
+    text = guard.PAGE.read_text(encoding="utf-8")
+    assert pages.written(text, {"guard": guard.table(found["results"], found["provenance"]["name"])}) == text
+    bank = load_bank(guard.MODEL)
+    assert {row["target"]: row["above"] for row in found["results"]["targets"]} == {
+        row["target"]: bank.meta["guard"]["above"][row["target"]] for row in found["results"]["targets"]
+    }
