@@ -152,6 +152,12 @@ class Bank(Mapping[int, BankLayer]):
         """The layers that a score comes from: those of the readout, or the one to read at."""
         return (self.read_layer,) if self.readout is None else self.readout.layers
 
+    @property
+    def usable(self) -> dict[str, tuple[float, float]]:
+        """Concept -> the lowest and the highest strength at which this model could still write, as far as the bank says."""
+        said = self.meta.get("usable")
+        return {} if not isinstance(said, dict) else {name: (float(low), float(high)) for name, (low, high) in said.items()}
+
     def score(self, streams: Mapping[int, Tensor], kind: str = "prompt") -> Tensor:
         """The scores [..., K] of residual streams, in fp64: what a probe reads from them, but for its rounding.
 

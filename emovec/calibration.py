@@ -7,7 +7,7 @@ are counted on the other half, and both go into the bank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -213,3 +213,30 @@ def _with_meta(bank: Bank, more: dict[str, Any]) -> Bank:
     """The bank with these keys of ``meta``; None takes a key away."""
     meta = {key: value for key, value in {**bank.meta, **more}.items() if value is not None}
     return Bank(bank.values(), bank.read_layer, bank.steer_layers, bank.families, meta, readout=bank.readout)
+
+
+def usable_in(report: Any) -> dict[str, list[float]]:
+    """The usable strengths that a report of ``emovec evaluate`` (its JSON) found: concept -> lowest, highest.
+
+    Raises:
+        ValueError: a report without them.
+    """
+    try:
+        found = {str(name): [float(low), float(high)] for name, (low, high) in report["sections"]["causality"]["usable"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError("the report has no usable strengths; `emovec evaluate --sections causality` finds them") from None
+    for name, (low, high) in found.items():
+        if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+            raise ValueError(f"usable strengths of {shown(name)} must be a lowest and a highest number, got {shown([low, high])}")
+    return found
+
+
+def with_usable(bank: Bank, usable: Mapping[str, Sequence[float]]) -> Bank:
+    """The bank with the strengths in which the model could still write, beyond which steering warns.
+
+    Raises:
+        UnknownConcept: listing the nearest names.
+    """
+    for name in usable:
+        bank.resolve(name)
+    return _with_meta(bank, {"usable": {name: list(ends) for name, ends in usable.items()}})

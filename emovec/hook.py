@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
@@ -98,6 +99,11 @@ def attach(
         raise TypeError(f"guard must be a Guard, got {shown(guard)}; wrap thresholds in emovec.Guard(...)")
     blocks = _blocks(model, bank, tokenizer, force)
     values = parsed(steer, bank.names, profiles)
+    if steer_layers is None:  # where the ranges were found
+        for text in sorted(
+            {text for value in ([values] if isinstance(values, Steering) else values) for text in value.beyond(bank.usable)}
+        ):
+            warnings.warn(text, stacklevel=2)
     watch = None if guard is None else guard.bind(bank, tokenizer)
     allotment = Allotment(values, () if watch is None else watch.steers)
     kept = _known(bank.layers if layers is None else layers, bank, "layers") if read else ()

@@ -138,6 +138,17 @@ class Steering:
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
 
+    def beyond(self, usable: Mapping[str, Sequence[float]]) -> list[str]:
+        """What to warn of: strengths outside the range ``usable`` (concept -> lowest, highest) in which the model could still write."""
+        found = []
+        for entry in self.entries:
+            low, high = usable.get(entry.concept, (-_INF, _INF))
+            if not low <= entry.add <= high:
+                found.append(
+                    f"{entry.concept}: strength {entry.add:g} is outside of {low:g} to {high:g}, in which this model could still write"
+                )
+        return found
+
     def __bool__(self) -> bool:
         return any(entry.is_rule or entry.add != 0 for entry in self.entries)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from test_cli import emovec, run
 from test_readout import a_bank
 
 from emovec.bank import Bank, BankError, UnknownConcept, fingerprint, load_bank
-from emovec.calibration import Alarms, alarms_in, bounds, recalibrated, threshold_of, with_guard
+from emovec.calibration import Alarms, alarms_in, bounds, recalibrated, threshold_of, usable_in, with_guard, with_usable
 from emovec.guard import Guard, Threshold, calibrate_threshold
 from emovec.hook import attach
 from emovec.monitor import Reading
@@ -180,6 +181,36 @@ def test_recalibrated_for_another_model() -> None:
     assert probe[0].calibrated
     with pytest.raises(BankError, match=r"the bank is 64 wide, the model 32"):
         recalibrated(tiny.fresh(hidden_size=32, num_attention_heads=2, head_dim=16), tokenizer(), bank, corpus.ordinary, corpus.neutral)
+
+
+# --- usable strengths ------------------------------------------------------------------------------------------------------
+
+
+def test_steering_beyond_the_usable_strengths_is_warned_about() -> None:
+    bank = with_usable(tiny.bank(), {"calm": [-0.1, 0.2], "afraid": (0.0, 0.05)})
+    assert bank.usable == {"calm": (-0.1, 0.2), "afraid": (0.0, 0.05)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(tiny.model(), bank, steer={"calm": 0.2, "angry": 1.5})
+        attach(tiny.model(), bank, steer={"calm": 0.5}, steer_layers=[1])  # the ranges are of the bank's layers
+        attach(tiny.model(), bank, steer={"calm": {"at_most": 1.0}})
+    for steer in ({"calm": 0.21}, [None, {"calm": -0.2}], {"calm": {"add": 0.5, "when": "angry > 1"}}):
+        with pytest.warns(UserWarning, match=r"calm: strength .* is outside of -0.1 to 0.2"):
+            attach(tiny.model(), bank, steer=steer)
+    with pytest.raises(UnknownConcept, match="affraid"):
+        with_usable(bank, {"affraid": [0, 1]})
+
+
+@pytest.mark.parametrize("report", [{}, {"sections": {}}, {"sections": {"causality": {"usable": {"calm": 1}}}}, [], None])
+def test_a_report_without_usable_strengths(report: object) -> None:
+    with pytest.raises(ValueError, match="no usable strengths"):
+        usable_in(report)
+
+
+def test_usable_strengths_of_a_report() -> None:
+    assert usable_in({"sections": {"causality": {"usable": {"calm": [-0.1, 0.2]}}}}) == {"calm": [-0.1, 0.2]}
+    with pytest.raises(ValueError, match="usable strengths of 'calm'"):
+        usable_in({"sections": {"causality": {"usable": {"calm": [0.3, 0.2]}}}})
 
 
 # --- the command ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +28,9 @@ def calibrate(
     ordinary: Annotated[Path | None, typer.Option(help="Ordinary prompts, JSON Lines of `content`. Default: emovec's own.")] = None,
     neutral: Annotated[Path | None, typer.Option(help="Neutral dialogues, JSON Lines of `turns`. Default: emovec's own.")] = None,
     new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.", min=1)] = 48,
+    usable: Annotated[
+        Path | None, typer.Option(help="The report.json of `emovec evaluate`: keep the usable strengths that it found in the bank.")
+    ] = None,
     guard_only: Annotated[bool, typer.Option("--guard-only", help="Keep the bank's baselines; the model must be its own.")] = False,
     json: JsonOption = False,
     device: DeviceOption = None,
@@ -36,13 +40,14 @@ def calibrate(
 
     Bounds are found on every other prompt; on the others the false alarms are counted.
     """
-    from emovec.calibration import Alarms, conversations, recalibrated, with_guard
+    from emovec.calibration import Alarms, conversations, recalibrated, usable_in, with_guard, with_usable
     from emovec.extraction import corpus
 
     if target.suffix != ".safetensors":
         raise typer.BadParameter(f"a bank is a .safetensors file, got {target}", param_hint="--out")
     if not target.parent.is_dir():
         raise typer.BadParameter(f"there is no directory {target.parent}", param_hint="--out")
+    strengths = None if usable is None else usable_in(loads(usable.read_text(encoding="utf-8")))
     alarms = Alarms(rate, "1000 tokens" if per == "tokens" else per, halflife, hold, on)
     prompts = [turns[0]["content"] for turns in corpus.prompts(ordinary or corpus.shipped("ordinary.jsonl"))()]
     dialogues = list(corpus.dialogues(neutral or corpus.shipped("neutral.jsonl"))())
@@ -57,6 +62,8 @@ def calibrate(
         if len(readings) % 10 == 0 and err.is_terminal:
             err.print(f"{len(readings)} of {len(prompts)} conversations")
     made = with_guard(made, readings, alarms)
+    if strengths is not None:
+        made = with_usable(made, strengths)
     made.save(target)
     if json:
         print_json(made.meta["guard"])
