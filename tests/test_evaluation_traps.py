@@ -317,6 +317,7 @@ def test_11_leaks_are_counted_and_listed() -> None:
     assert found["words"]["stories"]["share"]["value"] == pytest.approx(2 / len(stories))
     assert [leak["words"] for leak in found["words"]["stories"]["texts"]] == [["afraid"], ["alarming"]]
     assert found["words"]["messages"]["texts"] == []
+    assert outcome({"leaks": found}, "Not being given away by the feeling's own word") == "with care"
 
 
 def test_11_length_that_gives_the_emotion_away_is_found() -> None:

@@ -64,7 +64,10 @@ def result(material: Material) -> dict[str, Any]:
                     "directions": {"readers": False},
                     "centring: raw": {"centring": "raw"},
                     "centring: topic": {"centring": "topic"},
-                    f"denoised by {denoise}" if denoise else "without denoising": {"recipe": other_recipe},
+                    f"directions, {f'denoised by {denoise}' if denoise else 'without denoising'}": {
+                        "readers": False,
+                        "recipe": other_recipe,
+                    },
                 }.items():
                     tests.append(trial.described(case, variant, trial.test(case, layers, **options)))  # type: ignore[arg-type]
                 relabelled.append(trial.relabelled(case, layers))

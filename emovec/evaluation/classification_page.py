@@ -105,6 +105,7 @@ def _variant(part: dict[str, Any]) -> str:
     variant: str = part["variant"]
     said = {
         "directions": "directions instead of readers",
+        "directions, without denoising": "directions, nothing projected out",
         "centring: raw": "not centred (raw projections)",
         "centring: topic": "centred on its topic",
     }

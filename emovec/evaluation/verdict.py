@@ -16,7 +16,7 @@ from emovec.report.markup import Html, tag
 from emovec.report.tables import table
 
 YES, CARE, WEAK, NOT_SHOWN, NOT_TESTED = VERDICTS = "yes", "with care", "too weak", "not shown", "not tested"
-P = 0.01
+P, NAMING_TEXTS = 0.01, 0.02
 FAMILY, WORD, IMPLIED, POSITION, OTHERS, AGAIN, NORM, NAMED, WRITTEN = 0.5, 0.5, 0.5, 0.5, 0.4, 0.9, 0.5, 0.75, 0.5
 
 Claim = dict[str, str]
@@ -131,6 +131,20 @@ def _dosage(sections: Sections) -> Claim:
     return _claim(use, verdict, evidence, rule)
 
 
+def _unnamed(sections: Sections) -> Claim:
+    use = "Not being given away by the feeling's own word"
+    rule = f"texts that hold the word or its family, at most {NAMING_TEXTS:g} of each register"
+    found = _there(sections, "leaks")
+    if found is None:
+        return _claim(use, NOT_TESTED, "", rule)
+    shares = {register: part["share"] for register, part in found["words"].items()}
+    evidence = "; ".join(
+        f"{register}: {share['value']:.4f} ({share['low']:.4f} to {share['high']:.4f})" for register, share in shares.items()
+    )
+    grades = [YES if share["high"] <= NAMING_TEXTS else CARE if share["low"] <= NAMING_TEXTS else NOT_SHOWN for share in shares.values()]
+    return _claim(use, worst(grades), evidence, rule)
+
+
 # --- the directions themselves -----------------------------------------------------------------------------------------------
 
 
@@ -212,6 +226,7 @@ RULES: tuple[Callable[[Sections], Claim], ...] = (
     _speaker("before the answer", "assistant_emotion", "Foreseeing the answer's feeling before it is written"),
     _speaker("assistant's words", "assistant_emotion", "Reading the assistant's feeling in its words"),
     _dosage,
+    _unnamed,
     _norms,
     _stable,
     _naming,
