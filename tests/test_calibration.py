@@ -191,12 +191,13 @@ def test_steering_beyond_the_usable_strengths_is_warned_about() -> None:
     assert bank.usable == {"calm": (-0.1, 0.2), "afraid": (0.0, 0.05)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        attach(tiny.model(), bank, steer={"calm": 0.2, "angry": 1.5})
-        attach(tiny.model(), bank, steer={"calm": 0.5}, steer_layers=[1])  # the ranges are of the bank's layers
-        attach(tiny.model(), bank, steer={"calm": {"at_most": 1.0}})
+        for steer, layers in (({"calm": 0.2, "angry": 1.5}, None), ({"calm": {"at_most": 1.0}}, None), ({"calm": 0.5}, [1])):
+            with attach(tiny.model(), bank, steer=steer, steer_layers=layers):  # the ranges are of the bank's own layers
+                pass
     for steer in ({"calm": 0.21}, [None, {"calm": -0.2}], {"calm": {"add": 0.5, "when": "angry > 1"}}):
-        with pytest.warns(UserWarning, match=r"calm: strength .* is outside of -0.1 to 0.2"):
-            attach(tiny.model(), bank, steer=steer)
+        warned = pytest.warns(UserWarning, match=r"calm: strength .* is outside of -0.1 to 0.2")
+        with warned, attach(tiny.model(), bank, steer=steer):
+            pass
     with pytest.raises(UnknownConcept, match="affraid"):
         with_usable(bank, {"affraid": [0, 1]})
 
