@@ -33,7 +33,7 @@ bank: $(VENV)/demo.stamp ## the shipped bank, anew: some minutes
 	OMP_NUM_THREADS=1 $(BIN)/emovec extract smollm2-135m-instruct --out emovec/data/banks/smollm2-135m-instruct.safetensors --dtype bf16 \
 	  --stories emovec/data/corpus/stories.jsonl --stories emovec/data/corpus/messages.jsonl --skip-share 0.33 \
 	  --layers 9,12,15,18,21,24 --read-layers 12,15,18,21,24 --steer-layers 9,12,15,18,21 --evidence bench/results/heldout.json
-	OMP_NUM_THREADS=1 $(BIN)/emovec calibrate smollm2-135m-instruct emovec/data/banks/smollm2-135m-instruct.safetensors --dtype bf16 --guard-only \
+	OMP_NUM_THREADS=1 $(BIN)/emovec calibrate smollm2-135m-instruct emovec/data/banks/smollm2-135m-instruct.safetensors --dtype bf16 --guard-only --usable bench/results/usable.json \
 	  --out emovec/data/banks/smollm2-135m-instruct.safetensors
 
 lint: $(VENV)/test.stamp
