@@ -16,7 +16,7 @@ from emovec.evaluation.reading import all_ranks
 from emovec.evaluation.stats import against, hit_estimate
 from emovec.evaluation.words import chance, said
 from emovec.models import decoder_path, unwrapped
-from emovec.report.markup import Html
+from emovec.report.markup import Html, section, tag
 from emovec.report.prose import text
 from emovec.report.tables import table
 
@@ -111,7 +111,8 @@ def parts(result: dict[str, Any]) -> list[Html]:
     else:
         found.append(text("Too few of the concepts' words are single tokens for the test."))
     lines = [[name, _tokens(part["top"]), _tokens(part["bottom"])] for name, part in result["concepts"].items()]
-    found.append(table(["concept", "raised most", "lowered most"], lines, title="Tokens of each direction"))
+    whole = table(["concept", "raised most", "lowered most"], lines)
+    found.append(section(None, tag("details", tag("summary", f"Tokens of all {len(lines)} directions"), whole)))
     return found
 
 
