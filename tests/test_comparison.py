@@ -16,8 +16,9 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from emovec.bank import Bank, BankError, fingerprint
+from emovec.bank import Bank, BankError, Baseline, Readout, fingerprint
 from emovec.comparison import Comparison, compare
+from emovec.comparison.reading import RANDOM_DIRECTIONS
 from emovec.comparison.result import ratings
 from emovec.extraction.tokens import PROMPT, prompt_tokens
 from emovec.models import decoder_layers
@@ -81,6 +82,52 @@ def test_scores_are_those_of_the_place(bank: Bank, on: str) -> None:
     answers = [" ".join(plain.WORDS[index : index + 1 + index % 4]) for index in range(19)] if on == "answer" else None
     found = against(tiny.model(), bank, on=on, **({} if answers is None else {"answers": answers}))
     torch.testing.assert_close(found.a, scores_by_hand(bank, on, answers), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_are_read_together_and_so_are_random_directions() -> None:
+    whole, layers = tiny.bank(), (1, 3)
+    generator = torch.Generator().manual_seed(4)
+    means = {
+        kind: Baseline(torch.randn(5, generator=generator), torch.rand(5, generator=generator) + 0.5, 9) for kind in ("prompt", "generated")
+    }
+    bank = Bank([whole[layer] for layer in layers], 3, families=whole.families, meta=whole.meta, readout=Readout(layers, means))
+    words = plain.tokenizer()
+    texts = [prompt_tokens(words, [{"role": "user", "content": item["content"]}]) for item in [*NEUTRAL, *CHALLENGING]]
+    directions = torch.randn(RANDOM_DIRECTIONS, 64, generator=torch.Generator().manual_seed(0)).double()
+    directions /= directions.norm(dim=1, keepdim=True)
+    with hooked(lambda output: output + output.roll(1, -1) * 0.2, layer=1) as model:
+        found = against(model, bank, match_norms=False)
+        said: list[list[Tensor]] = []
+        scores = []
+        for one in (tiny.model(), model):
+            streams = [_streams(one, text.ids, layers) for text in texts]
+            place = [[row for row, kind in enumerate(text.kinds) if kind == PROMPT] for text in texts]
+            chosen = [{layer: stream[layer][rows] for layer in layers} for stream, rows in zip(streams, place, strict=True)]
+            scores.append(torch.stack([bank.score(stream).mean(0) for stream in chosen]))
+            said.append([torch.stack([stream[layer].double() @ directions.T for layer in layers], 1) for stream in chosen])
+    torch.testing.assert_close(found.a, scores[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.b, scores[1], rtol=1e-4, atol=1e-4)
+    every = torch.cat(said[0])
+    spread = every.std(0)
+    moved = torch.stack([after.mean(0) - before.mean(0) for before, after in zip(*said, strict=True)]).mean(0)
+    assert found.random is not None
+    torch.testing.assert_close(found.random, (moved / spread).mean(0) / (every / spread).mean(1).std(0), rtol=1e-4, atol=1e-4)
+    assert found.facts["layers"] == {"a": [1, 3], "b": [1, 3]}
+
+
+def _streams(model: nn.Module, ids: list[int], layers: tuple[int, ...]) -> dict[int, Tensor]:
+    """Layer -> [T, d]: what its block puts out, hooks included."""
+    found: dict[int, Tensor] = {}
+    blocks = decoder_layers(model)
+    handles = [
+        blocks[layer].register_forward_hook(lambda module, args, output, layer=layer: found.__setitem__(layer, output[0].clone()))
+        for layer in layers
+    ]
+    with torch.inference_mode():
+        model(torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 @pytest.mark.parametrize(("on", "answers"), [("turn_start", "own"), ("prompt", "own"), ("answer", "own"), ("answer", "same")])
@@ -235,7 +282,7 @@ def test_a_bank_of_another_model_is_refused_but_that_of_a_reads_b(bank: Bank) ->
 
 
 def _bank_of(model: nn.Module, names: tuple[str, ...]) -> Bank:
-    from emovec.bank import BankLayer, Baseline
+    from emovec.bank import BankLayer
 
     generator = torch.Generator().manual_seed(9)
     layer = BankLayer.from_directions(torch.randn(len(names), 32, generator=generator), names, 1)
@@ -314,6 +361,9 @@ def test_concepts_without_a_unit_are_refused(bank: Bank) -> None:
         more = bank.add("sarcastic", {LAYER: torch.randn(64, generator=torch.Generator().manual_seed(0))})
     with pytest.raises(BankError, match="sarcastic"):
         against(tiny.model(), more)
+    odd = Baseline(*(torch.tensor([1.0, 1.0, torch.nan, 1.0, 1.0]) for _ in range(2)), 9)
+    with pytest.raises(BankError, match="desperate"):
+        against(tiny.model(), Bank([tiny.bank()[1], tiny.bank()[2]], meta=bank.meta, readout=Readout((1, 2), {"prompt": odd})))
     assert "sarcastic" not in against(tiny.model(), more.subset(tiny.CONCEPTS)).shifts
 
 

@@ -11,13 +11,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from emovec.bank import Bank, BankError, fingerprint
 from emovec.bank_layer import shown
 from emovec.comparison.alarm import AXES, Alarm, AlarmError
-from emovec.comparison.reading import Reader, Readout
+from emovec.comparison.reading import Reader, random_shifts
 from emovec.comparison.result import Comparison
 from emovec.comparison.shifts import Estimate, Shift
 from emovec.extraction import corpus
@@ -133,7 +132,7 @@ def compare(
     facts = {
         "on": on,
         "answers": written,
-        "layer": {"a": a.layer, "b": b.layer},
+        "layers": {"a": list(a.layers), "b": list(b.layers)},
         "bank": "A's for both" if same else "each model's own",
         "unit": f"{a.unit} of {'A' if same else 'each model'}",
         "norms": {who: {str(layer): norm for layer, norm in readout.norms.items()} for who, readout in (("a", a), ("b", b))},
@@ -146,7 +145,7 @@ def compare(
         b.scores[:, rows[1]],
         [turn[0]["content"] for turn in turns],
         [False] * len(ordinary) + [True] * len(hard),
-        random=_random_shifts(a, b),
+        random=random_shifts(a, b),
         facts=facts,
         resamples=resamples,
         confidence=confidence,
@@ -176,6 +175,9 @@ def _names(bank_a: Bank, bank_b: Bank | None) -> list[str]:
     for bank in (bank_a, bank_b):
         if bank is not None:
             raw = {name for layer in bank.values() for name in layer.uncalibrated}
+            together = {} if bank.readout is None else bank.readout.baselines
+            missing = [baseline.mean.isnan().tolist() for baseline in together.values()]
+            raw |= {name for column in missing for name, lacks in zip(bank.names, column, strict=True) if lacks}
             if lacking := [name for name in names if name in raw]:
                 raise BankError(
                     f"concepts without a baseline cannot be compared, their scores have no unit: {shown(lacking)}; see Bank.subset"
@@ -202,10 +204,3 @@ def _tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         if not tokens:
             raise ValueError(f"an answer without a token cannot be read: {shown(text)}")
     return found
-
-
-def _random_shifts(a: Readout, b: Readout) -> Any:
-    """[R]: how far random directions moved, in units of their own spread over the words of A's prompts."""
-    if a.random is None or b.random is None or a.spread is None:
-        return None
-    return (b.random - a.random).mean(0) / a.spread.clamp_min(torch.finfo(torch.float64).tiny)

@@ -19,30 +19,28 @@ from emovec.extraction.corpus import Turns
 from emovec.extraction.tokens import PROMPT, Batch, Tokens, prompt_tokens
 from emovec.hook import Probe, attach
 from emovec.models import decoder_layers, unwrapped
-from emovec.monitor import Reading
 from emovec.tap import stream_of
 
 RANDOM_DIRECTIONS = 256
 
 
 @dataclass(frozen=True)
-class Readout:
+class Measured:
     """One model's state, prompt by prompt, in fp64 on the CPU.
 
     Attributes:
         scores: [n, K], one row for each prompt.
-        random: [n, R], raw projections on R random directions at the bank's reading layer, the same for every model; None
-            if not asked for.
-        spread: [R], the standard deviation of those over the words of the prompts.
+        random: [n, L, R], projections on R random directions at each of the L layers that are read; None if not asked for.
+        words: [W, L, R], the same over the words of all prompts.
         norms: layer -> median norm of the stream over the words of the prompts, as the model has it.
-        layer: where was read, and ``unit`` of the scores, in words.
+        layers: where was read, and ``unit`` of the scores, in words.
     """
 
     scores: Tensor
     random: Tensor | None
-    spread: Tensor | None
+    words: Tensor | None
     norms: dict[int, float]
-    layer: int
+    layers: tuple[int, ...]
     unit: str
 
 
@@ -107,7 +105,7 @@ class Reader:
         force: bool,
         new: int = 0,
         given: Sequence[Sequence[int]] | None = None,
-    ) -> Readout:
+    ) -> Measured:
         """Read every prompt.
 
         Args:
@@ -123,26 +121,28 @@ class Reader:
         scores: list[Tensor] = [torch.empty(0)] * len(self.texts)
         along: list[Tensor] = [torch.empty(0)] * len(self.texts)
         words: list[Tensor] = []
-        layer, unit = bank.read_layer, ""
+        layers, unit = bank.read_layers, ""
         with self._attached(bank, scale or {}, random=random, force=force) as probes:
             for rows in self._batches():
                 lengths = self._run(rows, on, new, given)
                 for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
                     readings = [probe[place] for probe in probes]
-                    layer, unit = readings[0].layer, readings[0].unit
-                    scores[row] = _at(readings[0], self.texts[row], on, length)
+                    layers, unit = readings[0].read_layers, readings[0].unit
+                    where = _places(self.texts[row], on, length)
+                    scores[row] = readings[0].scores[where].double().cpu().mean(0)
                     if not bool(scores[row].isfinite().all()):
                         start = shown(self.tokenizer.decode(self.texts[row].ids, skip_special_tokens=True)[-80:])
                         raise ValueError(f"scores are not finite on the prompt ...{start}; try bfloat16 or float32")
                     if random:
-                        along[row] = _at(readings[1], self.texts[row], on, length)
-                        words.append(readings[1].scores[_words(self.texts[row])].double().cpu())
-        return Readout(
+                        projected = torch.stack([readings[1].at(layer).double().cpu() for layer in layers], 1)
+                        along[row] = projected[where].mean(0)
+                        words.append(projected[_places(self.texts[row], "prompt", 0)])
+        return Measured(
             scores=torch.stack(scores),
             random=torch.stack(along) if random else None,
-            spread=torch.cat(words).std(0) if random else None,
+            words=torch.cat(words) if random else None,
             norms=norms,
-            layer=layer,
+            layers=layers,
             unit=unit,
         )
 
@@ -247,19 +247,28 @@ def _until(tokens: list[int], ending: Sequence[int]) -> list[int]:
     return tokens[:end]
 
 
-def _words(text: Tokens) -> list[int]:
-    """The positions of the user's words; never the first of all, an attention sink."""
-    return [place for place, kind in enumerate(text.kinds) if kind == PROMPT and place > 0]
-
-
-def _at(reading: Reading, text: Tokens, on: str, length: int) -> Tensor:
-    """[K] fp64: the scores there, or their mean."""
+def _places(text: Tokens, on: str, length: int) -> list[int]:
+    """The positions that are read; never the first of all, an attention sink."""
     end = len(text.ids)
-    where = {"prompt": _words(text), "turn_start": [end - 1], "answer": list(range(end, end + length))}[on]
-    return reading.scores[where].double().cpu().mean(0)
+    if on == "prompt":
+        return [place for place, kind in enumerate(text.kinds) if kind == PROMPT and place > 0]
+    return [end - 1] if on == "turn_start" else list(range(end, end + length))
 
 
 def _random_bank(bank: Bank) -> Bank:
-    """Random directions where ``bank`` reads; uncalibrated, so that their scores are projections."""
+    """Random directions, the same at each layer that ``bank`` reads; uncalibrated, so that their scores are projections."""
     directions = torch.randn(RANDOM_DIRECTIONS, bank.width, generator=torch.Generator().manual_seed(0))
-    return Bank([BankLayer.from_directions(directions, index=bank.read_layer)])
+    return Bank([BankLayer.from_directions(directions, index=layer) for layer in bank.read_layers])
+
+
+def random_shifts(a: Measured, b: Measured) -> Tensor | None:
+    """[R]: how far random directions moved, in units of their spread over the words of A's prompts.
+
+    As scores are: standardised at each layer, averaged over the layers that are read, and standardised again.
+    """
+    if a.random is None or b.random is None or a.words is None:
+        return None
+    spread = a.words.std(0)
+    together = (a.words / spread).mean(1).std(0)
+    shifts: Tensor = ((b.random - a.random).mean(0) / spread).mean(0) / together
+    return shifts
