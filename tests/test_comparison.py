@@ -58,12 +58,13 @@ def against(model: nn.Module, bank: Bank, **options: Any) -> Comparison:
 def scores_by_hand(bank: Bank, on: str, answers: list[str] | None = None) -> Tensor:
     """[n, K]: from the hidden states that transformers gives, one prompt at a time, without padding."""
     words, layer, rows = plain.tokenizer(), bank[LAYER], []
+    model = copy.deepcopy(tiny.model())  # transformers leaves hooks of its own for output_hidden_states
     for index, item in enumerate([*NEUTRAL, *CHALLENGING]):
         text = prompt_tokens(words, [{"role": "user", "content": item["content"]}])
         said = [] if answers is None else words(answers[index], add_special_tokens=False)["input_ids"]
         ids = torch.tensor([text.ids + said])
         with torch.inference_mode():
-            stream = tiny.model()(input_ids=ids, output_hidden_states=True).hidden_states[LAYER + 1][0]
+            stream = model(input_ids=ids, output_hidden_states=True).hidden_states[LAYER + 1][0]
         where = {
             "turn_start": [len(text.ids) - 1],
             "prompt": [place for place, kind in enumerate(text.kinds) if kind == PROMPT],
