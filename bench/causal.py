@@ -140,7 +140,7 @@ class Asker:
             if strength == 0:
                 found.append(self.unsteered)
                 continue
-            with attach(self.model, bank, steer={name: strength}, read=False):
+            with attach(self.model, bank, steer={name: strength}, steer_layers=bank.steer_layers, read=False):
                 found.append(self._ask())
         return torch.stack(found)
 

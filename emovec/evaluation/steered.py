@@ -92,7 +92,7 @@ class Steered:
     def _under(self, values: list[Value]) -> Any:
         if not any(values):
             return nullcontext()
-        return attach(self.model, self.bank, steer=values, read=False, force=self._force)
+        return attach(self.model, self.bank, steer=values, steer_layers=self.bank.steer_layers, read=False, force=self._force)
 
 
 def _each(values: Sequence[Value], times: int) -> list[Value]:
