@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from banks import run_examples
 
+from emovec.bank import load_bank
 from emovec.extraction import corpus
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,7 @@ def test_the_table_is_that_of_the_results(example: Any) -> None:
 
 def test_the_fine_tunes_moved_as_the_page_says(example: Any) -> None:
     results = __import__("provenance").read("compare")["results"]
+    assert results["again"]["gloomy"]["layers"]["a"] == list(load_bank(example.NAME).read_layers)
     assert results["set"] == example.halfway(results["places"]["prompt"])
     again = {name: example.fired(found, results["set"]) for name, found in results["again"].items()}
     assert again["gloomy"] == results["set"]["gloomy"]
