@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import torch  # noqa: F401  loads libtorch_cpu, which the library needs
@@ -49,3 +50,10 @@ def test_runs_on_an_older_glibc() -> None:
     """2.34 or older: what manylinux_2_34 asks for."""
     versions = {tuple(map(int, v.split("."))) for _, s in undefined() for v in re.findall(r"@GLIBC_([\d.]+)$", s)}
     assert max(versions) <= (2, 34)
+
+
+def test_every_package_is_installed() -> None:
+    """An editable installation would not notice one that is left out."""
+    root = Path(__file__).parents[1]
+    listed = set(tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"])
+    assert {".".join(file.relative_to(root).parts[:-1]) for file in (root / "emovec").rglob("__init__.py")} | {"emovec.triton"} == listed
