@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+from dataclasses import asdict
 from typing import Any
 
 import pages
@@ -20,6 +20,7 @@ import torch
 
 from emovec.bank import load_bank
 from emovec.calibration import Alarms, alarms_in, conversations
+from emovec.evaluation.stats import wilson
 from emovec.extraction import corpus
 from emovec.models import load_model
 
@@ -28,17 +29,10 @@ MODEL = "smollm2-135m-instruct"
 SHOWN = ("afraid", "angry", "desperate", "nervous", "sad", "guilty")
 
 
-def wilson(hits: int, count: int) -> list[float]:
-    """The 95 % interval of a share."""
-    z, share = 1.96, hits / count
-    middle, spread = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return [round((middle + side * spread) / (1 + z * z / count), 4) for side in (-1, 1)]
-
-
 def measured() -> dict[str, Any]:
     bank = load_bank(MODEL)
     guard = bank.meta["guard"]
-    alarms = Alarms(**{name: guard[name] for name in ("rate", "per", "halflife", "hold", "on")})
+    alarms = Alarms.of(bank)
     above = torch.tensor([guard["above"][name] for name in bank.names], dtype=torch.float64)
     false, units = guard["measured"]["alarms"], guard["measured"]["units"]
     found = [json.loads(line) for line in corpus.shipped("scenarios.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -67,10 +61,10 @@ def measured() -> dict[str, Any]:
         )
     total = sum(false.values())
     return {
-        "alarms": {name: guard[name] for name in ("rate", "per", "halflife", "hold", "on")},
+        "alarms": asdict(alarms),
         "ordinary": units,
         "false_rate": {"mean": round(total / len(false) / units, 4), "highest": max(false.values()) / units},
-        "false_interval_of": {name: wilson(false[name], int(units)) for name in SHOWN},
+        "false_interval_of": {name: [round(end, 4) for end in wilson(false[name], int(units))] for name in SHOWN},
         "within_interval": sum(wilson(count, int(units))[0] <= guard["rate"] for count in false.values()),
         "concepts": len(false),
         "targets": targets,

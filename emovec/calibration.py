@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,11 @@ class Alarms:
         if not whole or not 0 < self.rate < (1 if self.per == "conversation" else 1000):
             raise ValueError(f"rate must be above 0 and below {1 if self.per == 'conversation' else 1000}, got {shown(self.rate)}")
         self.threshold("", 0.0)  # checks the others
+
+    @classmethod
+    def of(cls, bank: Bank) -> Alarms:
+        """Those that the bank's bounds were found with."""
+        return cls(**{field.name: bank.meta["guard"][field.name] for field in fields(cls)})
 
     def threshold(self, of: str, above: float, action: Action | None = None) -> Threshold:
         """The threshold of one concept that counts so."""
@@ -175,8 +180,7 @@ def threshold_of(bank: Bank, concept: str, action: Action | None = None) -> Thre
     guard = bank.meta.get("guard")
     if not isinstance(guard, dict) or concept not in guard.get("above", {}):
         raise BankError(f"the bank has no calibrated bound for {shown(concept)}; `emovec calibrate` makes them")
-    alarms = Alarms(**{name: guard[name] for name in ("rate", "per", "halflife", "hold", "on")})
-    return replace(alarms.threshold(concept, guard["above"][concept], action), calibrated_at=bank.read_layers)
+    return replace(Alarms.of(bank).threshold(concept, guard["above"][concept], action), calibrated_at=bank.read_layers)
 
 
 def recalibrated(

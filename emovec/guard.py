@@ -155,10 +155,10 @@ class Watching:
             for layer in one.layers:
                 stream = scores[layer][: span.tokens].view(span.batch, span.width, -1)
                 parts = {"prompt": stream[:, : span.prompt], "generated": stream[:, span.prompt :]}
-                watched.append(torch.cat([part @ self._weight(index, kind, layer, part.device) for kind, part in parts.items()], 1))
-            offset = torch.tensor([one.offsets["prompt"]] * span.prompt + [one.offsets["generated"]] * (span.width - span.prompt))
-            first = watched[0].device
-            values.append(sum((part.to(first) for part in watched[1:]), watched[0]) + offset.to(first))
+                offsets = one.offsets if layer == one.layers[0] else dict.fromkeys(parts, 0.0)
+                weighted = [part @ self._weight(index, kind, layer, part.device) + offsets[kind] for kind, part in parts.items()]
+                watched.append(torch.cat(weighted, 1))
+            values.append(sum((part.to(watched[0].device) for part in watched[1:]), watched[0]))
         on_host: list[list[list[float]]] = torch.stack([value.to(values[0].device) for value in values], -1).tolist()
         return on_host
 
