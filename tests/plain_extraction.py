@@ -102,6 +102,7 @@ def bank(
     denoise: str | None = "tokens",
     variance: float = 0.5,
     shrinkage: float = 0.5,
+    level: bool = True,
 ) -> list[dict[str, Any]]:
     """For each layer but the last what a bank of ``corpus`` must hold, by numpy in fp64."""
     names = list(dict.fromkeys(story["emotion"] for story in corpus.stories))
@@ -146,7 +147,11 @@ def bank(
         directions = rows / norm[:, None]
         inside = np.concatenate([rows - rows.mean(0) for rows in of])
         covariance = inside.T @ inside / (len(inside) - len(names))
-        readers = differences @ np.linalg.inv((1 - shrinkage) * covariance + shrinkage * np.diag(np.diag(covariance)))
+        inverse = np.linalg.inv((1 - shrinkage) * covariance + shrinkage * np.diag(np.diag(covariance)))
+        if level:
+            common = (grand - kinds["prompt"][layer].mean(0))[:, None]
+            inverse = inverse - inverse @ common @ common.T @ inverse / (common.T @ inverse @ common)
+        readers = differences @ inverse
         readers /= (readers * directions).sum(1, keepdims=True)
         read = {kind: rows[layer] @ readers.T for kind, rows in kinds.items()}
         words = np.concatenate([kinds["prompt"][layer], kinds["generated"][layer]])

@@ -258,8 +258,8 @@ def test_15_the_sweep_finds_the_layer_that_reads_best() -> None:
     material = planted.material()
     deep = planted.LAYERS.index(planted.READ)
     noise = {name: value.clone() for name, value in material.means.items()}
-    for value in noise.values():
-        value[:, :, deep] = 10 * planted.draw(*value[:, :, deep].shape, seed=4)
+    for seed, value in enumerate(noise.values(), start=4):  # none of them drawn twice, which would be something to find
+        value[:, :, deep] = 10 * planted.draw(*value[:, :, deep].shape, seed=seed)
     sweep = classification.result(replace(material, means=noise))["sweep"]
     top1 = {part["layer"]: part["top1"]["value"] for part in sweep if part["tested_on"] == "stories" and part["held_out"] == "topics"}
     assert set(top1) == set(planted.LAYERS)

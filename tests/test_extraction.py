@@ -68,6 +68,7 @@ def check(found: Bank, expected: list[dict[str, Any]], tolerance: float = 2e-6) 
     skip=st.integers(0, 10),
     skip_share=st.sampled_from([0.2, 1.0]),
     variance=st.sampled_from([0.2, 0.5, 0.8]),
+    level=st.booleans(),
     batch_tokens=st.sampled_from([1, 60, 150, 4096]),
 )
 def test_streaming_equals_the_plain_recipe(
@@ -248,6 +249,7 @@ def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"denoise": "words"}, ValueError, "denoise must be one of"),
         ({"variance": 0.0}, ValueError, "variance must be above 0"),
         ({"shrinkage": 1.5}, ValueError, "shrinkage must be above 0 and at most 1, got 1.5"),
+        ({"level": "ordinary"}, ValueError, "level must be true or false, got 'ordinary'"),
         ({"batch_tokens": 0}, ValueError, "batch_tokens must be at least 1, got 0"),
         ({"out": "/nowhere/bank.safetensors"}, FileNotFoundError, "there is no folder /nowhere"),
         ({"resume": "/nowhere/state"}, FileNotFoundError, "there is no folder /nowhere"),

@@ -62,14 +62,20 @@ def expected(layer: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, floa
     values, vectors = np.linalg.eigh(np.cov(neutral.T))
     kept = vectors[:, ::-1][:, int(np.argmax(np.cumsum(values[::-1]) / values.sum() >= 0.5)) + 1 :]
     direction = kept @ kept.T @ rows.mean(0)
-    inside = []
+    inside, means = [], []
     for name in dict.fromkeys(story["emotion"] for story in CORPUS.stories):
         of = np.stack([mean_of(story["text"], layer) for story in CORPUS.stories if story["emotion"] == name])
+        means.append(of.mean(0))
         inside.append(of - of.mean(0))
     stacked = np.concatenate(inside)
+    asked = [plain.marked([{"role": "user", "content": item["content"]}], True, False, True) for item in CORPUS.ordinary]
+    said = np.concatenate([plain.outputs(MODEL, ids)[layer][[role is not None for role in roles]] for ids, roles in asked])
+    common = (np.stack(means).mean(0) - said.mean(0))[:, None]
     covariance = stacked.T @ stacked / (len(stacked) - len(inside))
     norm = float(np.linalg.norm(direction))
-    reader = np.linalg.inv(0.7 * covariance + 0.3 * np.diag(np.diag(covariance))) @ rows.mean(0)
+    inverse = np.linalg.inv(0.7 * covariance + 0.3 * np.diag(np.diag(covariance)))
+    inverse -= inverse @ common @ common.T @ inverse / (common.T @ inverse @ common)
+    reader = inverse @ rows.mean(0)
     return direction / norm, reader / (reader @ direction / norm), norm
 
 

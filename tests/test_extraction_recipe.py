@@ -58,7 +58,7 @@ def test_whitened_readers() -> None:
     _, sums, count, scatter = stories()
     rows = contrast(sums, count)[0]
     directions, covariance = unit(rows)[0], within(scatter, sums, count)
-    readers = whiten(rows, covariance, 0.1, directions)
+    readers = whiten(rows, directions, covariance, 0.1)
     assert torch.allclose((readers * directions).sum(1), torch.ones(3, dtype=torch.float64))
     expected = rows @ torch.linalg.inv(0.9 * covariance + 0.1 * torch.diag(covariance.diagonal()))
     assert torch.allclose(readers / readers.norm(dim=1, keepdim=True), expected / expected.norm(dim=1, keepdim=True))
@@ -72,7 +72,7 @@ def test_whitened_readers_do_not_depend_on_the_scale_of_a_dimension() -> None:
     scores = []
     for units in (torch.ones_like(scale), scale):
         found = contrast(sums * units, count)[0]
-        readers = whiten(found, within(scatter * units[:, None] * units, sums * units, count), 0.5, unit(found)[0])
+        readers = whiten(found, unit(found)[0], within(scatter * units[:, None] * units, sums * units, count), 0.5)
         scores.append((rows[0] * units) @ (readers / (readers * found).sum(1, keepdim=True)).T)
     assert torch.allclose(scores[0], scores[1])
 
@@ -81,7 +81,7 @@ def test_readers_are_scaled_to_the_denoised_directions() -> None:
     _, sums, count, scatter = stories()
     neutral = torch.eye(12, dtype=torch.float64)
     neutral[3, 3] = 20.0  # the leading component
-    derived = derive(Recipe(shrinkage=0.2), sums, count, scatter, neutral)
+    derived = derive(Recipe(shrinkage=0.2), sums, count, scatter, neutral, torch.zeros(12))
     assert derived.components == 1
     assert derived.readers is not None
     assert float(derived.directions[:, 3].abs().max()) < 1e-12
@@ -94,9 +94,45 @@ def test_whitening_reads_with_less_spread() -> None:
     covariance = within(scatter, sums, count)
     rows = contrast(sums, count)[0]
     directions = unit(rows)[0]
-    readers = whiten(rows, covariance, 1e-6, directions)
+    readers = whiten(rows, directions, covariance, 1e-6)
     spread, plain = ((which @ covariance * which).sum(1) for which in (readers, directions))
     assert bool((spread < plain).all())
+
+
+def test_levelled_readers() -> None:
+    """They do not see what all stories have in common as against ordinary text, and of such readers they vary least."""
+    _, sums, count, scatter = stories(counts=(40, 40, 40))
+    ordinary = torch.randn(12, dtype=torch.float64)
+    common = contrast(sums, count)[1] - ordinary
+    plain, level = (derive(Recipe(denoise=None, level=level), sums, count, scatter, ordinary=ordinary) for level in (False, True))
+    assert plain.readers is not None
+    assert level.readers is not None
+    assert float((plain.readers @ common).abs().min()) > 1e-3
+    assert float((level.readers @ common).abs().max()) < 1e-12
+    assert torch.allclose((level.readers * level.directions).sum(1), torch.ones(3, dtype=torch.float64))
+    shrunk = torch.lerp(within(scatter, sums, count), within(scatter, sums, count).diagonal().diag(), 0.5)
+    unbounded = shrunk + 1e9 * torch.outer(common, common)
+    limit = torch.linalg.solve(unbounded, contrast(sums, count)[0].T).T
+    assert torch.allclose(level.readers, limit / (limit * level.directions).sum(1, keepdim=True), atol=1e-6)
+
+
+def test_levelled_readers_of_stories_that_are_as_ordinary_text() -> None:
+    _, sums, count, scatter = stories()
+    plain, level = (
+        derive(Recipe(denoise=None, level=level), sums, count, scatter, ordinary=contrast(sums, count)[1]).readers
+        for level in (False, True)
+    )
+    assert plain is not None
+    assert level is not None
+    assert torch.equal(plain, level)
+
+
+def test_a_reader_of_which_nothing_is_left() -> None:
+    """Concepts that differ only in how far they are from ordinary text."""
+    steps = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)[:, None] * torch.eye(12, dtype=torch.float64)[2]
+    scatter = steps.T @ steps + torch.eye(12, dtype=torch.float64)
+    with pytest.raises(BankError, match="nothing is left of a reader"):
+        derive(Recipe(denoise=None), steps * 2, torch.full((3,), 2.0), scatter * 2, ordinary=torch.zeros(12))
 
 
 def test_sums_that_are_not_finite() -> None:

@@ -14,7 +14,19 @@ from emovec.cli.common import DeviceOption, DtypeOption, ForceOption, busy, dtyp
 if TYPE_CHECKING:
     from emovec.extraction import ConceptExtraction, Evidence
 
-_OF_THE_BANK = ("layers", "read_layers", "steer_layers", "skip", "skip_share", "format", "denoise", "variance", "shrinkage", "evidence")
+_OF_THE_BANK = (
+    "layers",
+    "read_layers",
+    "steer_layers",
+    "skip",
+    "skip_share",
+    "format",
+    "denoise",
+    "variance",
+    "shrinkage",
+    "level",
+    "evidence",
+)
 
 
 def extract(
@@ -39,6 +51,7 @@ def extract(
     variance: Annotated[float, typer.Option(help="Share of the neutral variance that these reach.")] = 0.5,
     readers: Annotated[str, typer.Option(help="`whitened`, or `none`: read with the directions.")] = "whitened",
     shrinkage: Annotated[float, typer.Option(help="Of the covariance that whitens.")] = 0.5,
+    level: Annotated[bool, typer.Option(help="Make readers blind to what all stories have in common as against ordinary prompts.")] = True,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch. Default: 2048 on a CPU, 16384 on a GPU.")] = None,
     evidence: Annotated[Path | None, typer.Option(help="A JSON file to record in the bank, such as what chose its layers.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Keep the state here, and go on from it after a kill.")] = None,
@@ -99,6 +112,7 @@ def extract(
         variance=variance,
         readers=None if readers == "none" else readers,
         shrinkage=shrinkage,
+        level=level,
     )
     ranks.join()
     with busy(f"loading {model}"):

@@ -6,6 +6,7 @@ look like there does not need held-out texts, but the words alone (layer 0) give
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,8 +71,7 @@ def _directions(material: Material) -> tuple[list[str], dict[int, Tensor], dict[
         if layer in bank.layers:
             found[layer], lengths[layer] = bank[layer].directions[rows].double(), _lengths(bank[layer], rows)
         else:
-            neutral = None if recipe.denoise is None else material.moments[f"neutral_{recipe.denoise}"].of(layer)[1]
-            made = derived(texts, layer, len(names), recipe, neutral)
+            made = derived(texts, layer, len(names), replace(recipe, readers=None), material.moments)
             found[layer], lengths[layer] = made.directions, made.raw_norm[:, None]
     return list(names), found, lengths, [layer for layer in found if layer in bank.layers]
 

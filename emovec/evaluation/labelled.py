@@ -113,11 +113,13 @@ def recipe_of(bank: Bank) -> Recipe | None:
     return Recipe(**{name: value for name, value in said.items() if name in known})
 
 
-def derived(train: Texts, layer: int, concepts: int, recipe: Recipe, neutral: Tensor | None) -> Derived:
-    """Directions and readers of one layer, by the recipe that makes banks; ``neutral`` [d, d] is the covariance of neutral text."""
+def derived(train: Texts, layer: int, concepts: int, recipe: Recipe, moments: Mapping[str, Moments]) -> Derived:
+    """Directions and readers of one layer, by the recipe that makes banks; the moments are those that :func:`remade` takes."""
     rows = train.at(layer)
     member = torch.nn.functional.one_hot(train.labels, concepts).double()
-    return derive(recipe, member.T @ rows, member.sum(0), rows.T @ rows, neutral)
+    neutral = moments[f"neutral_{recipe.denoise}"].of(layer)[1] if recipe.denoise else None
+    ordinary = moments["prompt"].of(layer)[0] if recipe.levels else None
+    return derive(recipe, member.T @ rows, member.sum(0), rows.T @ rows, neutral, ordinary)
 
 
 def remade(
@@ -135,8 +137,7 @@ def remade(
     """
     made = []
     for layer in layers:
-        neutral = None if recipe.denoise is None else moments[f"neutral_{recipe.denoise}"].of(layer)[1]
-        found = derived(train, layer, len(names), recipe, neutral)
+        found = derived(train, layer, len(names), recipe, moments)
         own = found.readers.float() if readers and found.readers is not None else None
         directions = found.directions.float()
         baselines = {kind: moments[kind].baseline(layer, directions if own is None else own) for kind in KINDS if kind in moments}

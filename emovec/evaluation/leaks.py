@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,8 +98,8 @@ def _format(material: Material) -> dict[str, Any]:
     if "turns" not in material.means or material.recipe is None:
         return {"skipped": "this needs a register read in both formats, and the bank's recipe"}
     layer, count = material.bank.read_layer, len(material.corpus.names)
-    neutral = None if material.recipe.denoise is None else material.moments[f"neutral_{material.recipe.denoise}"].of(layer)[1]
-    raw, chat = (derived(material.labelled(name), layer, count, material.recipe, neutral).directions for name in ("messages", "turns"))
+    recipe = replace(material.recipe, readers=None)
+    raw, chat = (derived(material.labelled(name), layer, count, recipe, material.moments).directions for name in ("messages", "turns"))
     cosines = raw @ chat.T
     groups = (torch.arange(count),)
     own = cosines.diagonal()

@@ -126,12 +126,11 @@ class _Maker:
     def neutral(self) -> list[dict[str, Any]]:
         """What other neutral components do to the directions, and to what they read on held-out topics."""
         trial = Trial(self.material, self.recipe)
-        plain = derived(self.texts, self.layer, self.concepts, replace(self.recipe, denoise=None, readers=None), None).directions
+        plain = derived(self.texts, self.layer, self.concepts, replace(self.recipe, denoise=None, readers=None), {}).directions
         found = []
         for denoise in DENOISE:
             recipe = replace(self.recipe, denoise=denoise)
-            neutral = None if denoise is None else self.material.moments[f"neutral_{denoise}"].of(self.layer)[1]
-            made = derived(self.texts, self.layer, self.concepts, replace(recipe, readers=None), neutral)
+            made = derived(self.texts, self.layer, self.concepts, replace(recipe, readers=None), self.material.moments)
             told: dict[str, Any] = {"denoise": denoise, "components": made.components, "chosen": denoise == self.recipe.denoise}
             told["cosine_with_plain"] = _summary((made.directions * plain).sum(1)[None])
             for name in trial.tested:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from emovec.bank_layer import BankError
+from emovec.extraction.progress import Progress
 from emovec.extraction.tokens import Batch
 from emovec.models import decoder_path, unwrapped
 
 See = Callable[[int, Tensor], None]
 """Is given a layer's index and its output [B, T, d]."""
+
+
+class _Sums(Protocol):
+    def take(self, batch: Batch) -> None: ...
+
+    def see(self, layer: int, hidden: Tensor) -> None: ...
 
 
 class Blocks:
@@ -41,6 +48,15 @@ class Blocks:
         """One forward pass. The head is not computed, and nothing is cached."""
         here = batch.to(self.device)
         self._decoder(input_ids=here.ids, attention_mask=here.mask, use_cache=False)
+
+    def over(self, stream: Iterable[Batch], sums: _Sums, progress: Progress | None = None) -> None:
+        """Run every batch of ``stream`` and show it to ``sums``."""
+        with self.shown_to(sums.see):
+            for batch in stream:
+                sums.take(batch)
+                self.run(batch)
+                if progress is not None:
+                    progress.advance(batch.tokens)
 
     @contextmanager
     def shown_to(self, see: See) -> Iterator[None]:

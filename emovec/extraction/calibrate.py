@@ -57,12 +57,7 @@ def calibrate(
     blocks = Blocks(model, [layer.index for layer in layers])
     sums = _ProjectionSums(layers, tuple(together))
     texts = texts_of(tokenizer, prompts(ordinary)(), dialogues(neutral)())
-    with blocks.shown_to(sums.see):
-        for batch in ranks.share(batches(texts, batch_tokens)):
-            sums.take(batch)
-            blocks.run(batch)
-            if progress is not None:
-                progress.advance(batch.tokens)
+    blocks.over(ranks.share(batches(texts, batch_tokens)), sums, progress)
     sums.over_ranks()
     calibrated = [sums.calibrated(layer) for layer in layers]
     return calibrated, sums.readout(calibrated) if together else None
@@ -70,11 +65,8 @@ def calibrate(
 
 def texts_of(tokenizer: Any, ordinary: Iterable[Turns], neutral: Iterable[Turns]) -> Iterable[Tokens]:
     """The texts of a calibration: of prompts their words and last token, of dialogues the assistant's words."""
-    said = (dialogue_tokens(tokenizer, turns) for turns in neutral)
-    return chain(
-        (prompt_tokens(tokenizer, turns) for turns in ordinary),
-        (replace(text, kinds=[GENERATED if kind == GENERATED else UNUSED for kind in text.kinds]) for text in said),
-    )
+    said = (dialogue_tokens(tokenizer, turns).only(GENERATED) for turns in neutral)
+    return chain((prompt_tokens(tokenizer, turns) for turns in ordinary), said)
 
 
 class _ProjectionSums(Sums):

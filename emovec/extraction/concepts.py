@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from emovec.extraction.calibrate import calibrate
 from emovec.extraction.corpus import CorpusError, Source, Story
 from emovec.extraction.differences import Differences
 from emovec.extraction.evidence import Evidence, judged, nearest
+from emovec.extraction.plain import Plain
 from emovec.extraction.plan import Texts, usable
 from emovec.extraction.progress import Progress
-from emovec.extraction.recipe import Recipe, leading, project_out, unit, whiten, within
+from emovec.extraction.recipe import Recipe, Whiten, contrast, leading, project_out, unit, whitening, within
 from emovec.extraction.run import BATCH_TOKENS, Extraction
-from emovec.extraction.sums import NeutralMoments, StoryMoments
-from emovec.extraction.tokens import Batch, Tokens, batches, story_tokens
+from emovec.extraction.sums import StoryMoments
+from emovec.extraction.tokens import Tokens, batches, story_tokens
 from emovec.readout import Readout
 
 OWN, TOPIC, MEAN = "own text", "same topic", "mean"
@@ -83,7 +85,9 @@ class ConceptExtraction:
         bank.check(model, tokenizer, force=force)
         self.model, self.tokenizer, self.bank, self._family = model, tokenizer, bank, family
         self.recipe = recipe_of(bank)
-        self.whitened = self.recipe.readers == "whitened" if whitened is None else whitened
+        if whitened is not None:
+            self.recipe = replace(self.recipe, readers="whitened" if whitened else None)
+        self.whitened = self.recipe.readers == "whitened"
         self.blocks = Blocks(model, bank.layers)
         self.batch_tokens = BATCH_TOKENS.get(self.blocks.device.type, 4096) if batch_tokens is None else batch_tokens
         self._progress = progress and ranks.rank() == 0
@@ -97,7 +101,7 @@ class ConceptExtraction:
             where = self._stories[kinds.index(MEAN)].where
             raise CorpusError(f"{where}: no 'contrast', and the bank has no mean to compare the story with")
         tokens = sum(len(text.ids) for text in self._tokens())
-        tokens += sum(len(text.ids) for text in (*self._texts.calibration(), *(self._texts.neutral() if self.recipe.denoise else ())))
+        tokens += sum(len(text.ids) for text in chain(self._texts.calibration(), self._texts.neutral(), self._texts.words()))
         corpus_plan = self._of_corpus.plan if self._of_corpus is not None and self.whitened else None
         over = (0 if corpus_plan is None else corpus_plan.story_tokens) + sum(len(text.ids) for text in self._topic_texts())
         self._sums = Differences(self._stories, names, bank.width, sorted({0, *bank.layers}), (0, bank.read_layer))
@@ -199,17 +203,17 @@ class ConceptExtraction:
         """
         with Progress(self.plan.tokens, visible=self._progress) as progress:
             # few texts, so that each process does them all
-            self._over(Blocks(self.model, self._sums.layers), self._sums, batches(self._tokens(), self.batch_tokens), progress)
+            Blocks(self.model, self._sums.layers).over(batches(self._tokens(), self.batch_tokens), self._sums, progress)
             moments = None
             if self._of_corpus is not None and self.whitened:
                 moments = self._of_corpus.over_stories(progress)
             self._sums.less(self._references(progress))
-            neutral = self._over_neutral(progress) if self.recipe.denoise else None
+            plain = self._plain().over(self.blocks, self._texts, self.batch_tokens, progress)
             added, reads = [], {}
             for layer in self.bank.layers:
-                made, removed, covariance = self._derived(layer, moments, neutral)
+                made, removed, whitened = self._derived(layer, moments, plain)
                 added.append(made)
-                reads[layer] = (removed, covariance)
+                reads[layer] = (removed, whitened)
             added, readout = calibrate(
                 self.model,
                 self.tokenizer,
@@ -224,19 +228,12 @@ class ConceptExtraction:
         self.evidence = {name: self._judged(name, read, *reads[read.index]) for name in self.plan.names}
         return self._joined(added, readout)
 
-    def _over(self, blocks: Blocks, sums: Any, stream: Iterable[Batch], progress: Progress) -> None:
-        with blocks.shown_to(sums.see):
-            for batch in stream:
-                sums.take(batch)
-                blocks.run(batch)
-                progress.advance(batch.tokens)
-
     def _references(self, progress: Progress) -> dict[int, Tensor]:
         """What stories without a contrast of their own are compared with: layer -> [n, d], zero for the others."""
         kinds = [self._contrasted_with(story) for story in self._stories]
         sums = StoryMoments(max(len(self._topics), 1), self.bank.width, self.blocks.layers, scatter=False)
         if self._topics:
-            self._over(self.blocks, sums, ranks.share(batches(self._topic_texts(), self.batch_tokens)), progress)
+            self.blocks.over(ranks.share(batches(self._topic_texts(), self.batch_tokens)), sums, progress)
             sums.over_ranks()
         found = {}
         for layer in self.blocks.layers:
@@ -252,44 +249,43 @@ class ConceptExtraction:
             found[layer] = rows
         return found
 
-    def _over_neutral(self, progress: Progress) -> NeutralMoments:
+    def _plain(self) -> Plain:
         about = {
             layer: self._sums.centre(layer) if made.grand_mean is None else made.grand_mean.double() for layer, made in self.bank.items()
         }
-        neutral = NeutralMoments(self.bank.width, self.blocks.layers, about, dialogues=self.recipe.denoise == "dialogues")
-        self._over(self.blocks, neutral, ranks.share(batches(self._texts.neutral(), self.batch_tokens)), progress)
-        neutral.over_ranks()
-        return neutral
+        return Plain(self.recipe, self.bank.width, self.blocks.layers, about)
 
-    def _derived(self, layer: int, moments: StoryMoments | None, neutral: NeutralMoments | None) -> tuple[BankLayer, Tensor, Tensor | None]:
-        """A layer of the new concepts without baselines, the neutral components [c, d], and the covariance [d, d] to whiten by."""
+    def _derived(self, layer: int, moments: StoryMoments | None, plain: Plain) -> tuple[BankLayer, Tensor, Whiten | None]:
+        """A layer of the new concepts without baselines, the neutral components [c, d], and how readers are whitened."""
         rows = self._sums.at(f"sum.{layer}").cpu()
         if not bool(rows.isfinite().all()):
             raise BankError(f"layer {layer}: activations are not finite; try bfloat16 or float32")
-        removed = rows[:0] if neutral is None else leading(neutral.covariance(layer).cpu(), self.recipe.variance)
+        neutral, ordinary = plain.neutral(layer), plain.ordinary(layer)
+        removed = rows[:0] if neutral is None else leading(neutral.cpu(), self.recipe.variance)
         directions, norm = unit(project_out(rows, removed))
         if not bool((norm > 1e-6 * rows.norm(dim=1)).all()):
             raise BankError(f"layer {layer}: nothing is left of a direction without {len(removed)} neutral components")
-        covariance = None
+        whitened = None
         if moments is not None:
-            covariance = within(*(moments.at(key).cpu() for key in (f"scatter.{layer}", f"sum.{layer}", "count")))
-        readers = None if covariance is None else whiten(rows, covariance, self.recipe.shrinkage, directions).float()
+            scatter, sums, count = (moments.at(key).cpu() for key in (f"scatter.{layer}", f"sum.{layer}", "count"))
+            whitened = whitening(self.recipe, within(scatter, sums, count), contrast(sums, count)[1], ordinary)
+        readers = None if whitened is None else whitened(rows, directions).float()
         made = BankLayer(layer, self.plan.names, directions.float(), readers=readers, raw_norm=norm.float())
-        return made, removed, covariance
+        return made, removed, whitened
 
     # --- what comes of it ---------------------------------------------------------------------------------------------
 
-    def _judged(self, name: str, layer: BankLayer, removed: Tensor, covariance: Tensor | None) -> Evidence:
+    def _judged(self, name: str, layer: BankLayer, removed: Tensor, whitened: Whiten | None) -> Evidence:
         mine = [row for row, story in enumerate(self._stories) if story.emotion == name]
         topics = [_topic(self._stories[row]) for row in mine]
         known = sorted(set(topics))
 
         rows = self._sums.rows[layer.index][mine]
-        if covariance is None:  # what is read with the direction does not see what was projected out of it
+        if whitened is None:  # what is read with the direction does not see what was projected out of it
             rows = project_out(rows, removed)
 
         def read(rows: Tensor) -> Tensor:
-            return rows if covariance is None else whiten(rows, covariance, self.recipe.shrinkage, unit(rows)[0])
+            return rows if whitened is None else whitened(rows, unit(rows)[0])
 
         return judged(
             name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from emovec.bank_layer import check_names, unknown
@@ -12,7 +13,7 @@ from emovec.extraction import corpus
 from emovec.extraction.calibrate import texts_of
 from emovec.extraction.corpus import CorpusError, Source, Story
 from emovec.extraction.recipe import Recipe
-from emovec.extraction.tokens import UNUSED, Tokens, dialogue_tokens, story_tokens
+from emovec.extraction.tokens import PROMPT, UNUSED, Tokens, dialogue_tokens, prompt_tokens, story_tokens
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,12 @@ class Texts:
         return filter(usable, (self._tokens(story, label[story.emotion]) for story in self._stories()))
 
     def neutral(self) -> Iterable[Tokens]:
-        """The dialogues to denoise by."""
-        return (dialogue_tokens(self._tokenizer, turns) for turns in self.dialogues)
+        """The dialogues to denoise by, if the recipe does."""
+        return (dialogue_tokens(self._tokenizer, turns) for turns in self.dialogues if self._recipe.denoise)
+
+    def words(self) -> Iterable[Tokens]:
+        """The words of the prompts to level readers by, if the recipe does."""
+        return (prompt_tokens(self._tokenizer, turns).only(PROMPT) for turns in self.prompts if self._recipe.levels)
 
     def calibration(self) -> Iterable[Tokens]:
         """The prompts and dialogues to calibrate by."""
@@ -112,8 +117,7 @@ class Texts:
             where = f"prompt {number}" if number <= len(self.prompts) else f"dialogue {number - len(self.prompts)}"
             _check_length(text, where, max_tokens)
             extra += len(text.ids)
-        if self._recipe.denoise:
-            extra += sum(len(text.ids) for text in self.neutral())
+        extra += sum(len(text.ids) for text in chain(self.neutral(), self.words()))
         each = (min(used.values()), max(used.values()))
         return Plan(found, used.total(), short.total(), each, tokens, tokens + extra, digest)
 

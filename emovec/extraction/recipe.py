@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from emovec.bank_layer import BankError
 FORMATS = ("raw", "chat")
 DENOISE = ("tokens", "dialogues", None)
 READERS = ("whitened", None)
+Whiten = Callable[[Tensor, Tensor], Tensor]
+"""From rows and directions [K, d] to readers [K, d]."""
 _LEFT = 1e-6  # a smaller share of a direction is rounding
 
 
@@ -30,6 +34,8 @@ class Recipe:
         variance: share of the neutral variance that the components reach.
         readers: "whitened" (differences of means times the inverse covariance of stories of one emotion) or None (the directions).
         shrinkage: of that covariance toward its diagonal, between 0 and 1.
+        level: whitened readers are blind to what the stories of all emotions have in common as against ordinary prompts: being moved
+            at all, being a story. Otherwise that reads as some emotions more than others, whatever the emotion is.
     """
 
     skip: int = 50
@@ -39,6 +45,7 @@ class Recipe:
     variance: float = 0.5
     readers: str | None = "whitened"
     shrinkage: float = 0.5
+    level: bool = True
 
     def __post_init__(self) -> None:
         for name, known in (("format", FORMATS), ("denoise", DENOISE), ("readers", READERS)):
@@ -46,9 +53,16 @@ class Recipe:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
         if not isinstance(self.skip, int) or self.skip < 0:
             raise ValueError(f"skip must be a number of tokens, got {self.skip!r}")
+        if not isinstance(self.level, bool):
+            raise ValueError(f"level must be true or false, got {self.level!r}")
         for name in ("skip_share", "variance", "shrinkage"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)!r}")
+
+    @property
+    def levels(self) -> bool:
+        """Whether there is something to level: directions that are read with are left as they are."""
+        return self.level and self.readers == "whitened"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,7 +87,14 @@ class Derived:
     components: int
 
 
-def derive(recipe: Recipe, sums: Tensor, count: Tensor, scatter: Tensor | None = None, neutral: Tensor | None = None) -> Derived:
+def derive(
+    recipe: Recipe,
+    sums: Tensor,
+    count: Tensor,
+    scatter: Tensor | None = None,
+    neutral: Tensor | None = None,
+    ordinary: Tensor | None = None,
+) -> Derived:
     """Directions and readers of one layer.
 
     Args:
@@ -82,6 +103,7 @@ def derive(recipe: Recipe, sums: Tensor, count: Tensor, scatter: Tensor | None =
         count: [K], its stories.
         scatter: [d, d], the story means' sum of outer products; needed for whitened readers.
         neutral: [d, d], the covariance of neutral text; needed to denoise.
+        ordinary: [d], the mean of ordinary prompts' words; needed to level.
 
     Raises:
         BankError: sums are not finite, or nothing is left of a direction.
@@ -100,7 +122,7 @@ def derive(recipe: Recipe, sums: Tensor, count: Tensor, scatter: Tensor | None =
     readers = None
     if recipe.readers == "whitened":
         assert scatter is not None
-        readers = whiten(rows, within(scatter, sums, count), recipe.shrinkage, directions)
+        readers = whitening(recipe, within(scatter, sums, count), grand, ordinary)(rows, directions)
     return Derived(directions, readers, norm, grand, len(removed))
 
 
@@ -138,13 +160,36 @@ def unit(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows / norm[:, None], norm
 
 
-def whiten(rows: Tensor, covariance: Tensor, shrinkage: float, directions: Tensor) -> Tensor:
+def whitening(recipe: Recipe, covariance: Tensor, grand: Tensor, ordinary: Tensor | None) -> Whiten:
+    """How a recipe whitens.
+
+    Args:
+        recipe: what to do.
+        covariance: [d, d], of stories about the mean of their concept.
+        grand: [d], the stories' grand mean.
+        ordinary: [d], the mean of ordinary prompts' words; needed to level.
+    """
+    common = None
+    if recipe.levels:
+        assert ordinary is not None
+        common = grand - ordinary.to(grand)
+    return partial(whiten, covariance=covariance, shrinkage=recipe.shrinkage, common=common)
+
+
+def whiten(rows: Tensor, directions: Tensor, covariance: Tensor, shrinkage: float, common: Tensor | None = None) -> Tensor:
     """Readers ``r_k`` [K, d]: ``rows`` [K, d] times the inverse of the shrunk covariance, scaled so that ``<r_k, v_k> = 1``.
 
     A step along the direction ``v_k`` then moves what ``r_k`` reads by the step's length, as it does where readers are the
     directions. The covariance [d, d] is shrunk toward its diagonal, since a few dimensions vary a hundred times as much as the
-    others: toward a multiple of the identity, those would be taken for the others' noise.
+    others: toward a multiple of the identity, those would be taken for the others' noise. The readers are blind to ``common`` [d]:
+    they are what they would be if the stories varied along it without bound.
     """
     shrunk = torch.lerp(covariance, covariance.diagonal().diag(), shrinkage)
     found: Tensor = torch.linalg.solve(shrunk, rows.T).T
-    return found / (found * directions).sum(1, keepdim=True)
+    if common is not None and bool(common.any()):
+        away = torch.linalg.solve(shrunk, common)
+        found = found - torch.outer(found @ common, away) / (common @ away)
+    along = (found * directions).sum(1, keepdim=True)
+    if not bool((along.abs() > _LEFT * found.norm(dim=1, keepdim=True)).all()):
+        raise BankError("nothing is left of a reader without what all stories have in common as against ordinary prompts")
+    return found / along

@@ -1,4 +1,4 @@
-"""An extraction from its plan to the bank: one pass over the stories for all layers, then two short ones over neutral and ordinary text."""
+"""An extraction from its plan to the bank: one pass over the stories for all layers, then short ones over neutral and ordinary text."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from emovec.extraction import corpus, ranks, state
 from emovec.extraction.blocks import Blocks
 from emovec.extraction.calibrate import calibrate
 from emovec.extraction.corpus import Source
+from emovec.extraction.plain import Plain
 from emovec.extraction.plan import Texts
 from emovec.extraction.progress import Progress
 from emovec.extraction.recipe import Recipe, contrast, derive
-from emovec.extraction.sums import NeutralMoments, StoryMoments
+from emovec.extraction.sums import StoryMoments
 from emovec.extraction.tokens import batches
 from emovec.models import residual_width
 
@@ -93,8 +94,7 @@ class Extraction:
         self._progress = progress and ranks.rank() == 0
         self._texts = Texts(tokenizer, self.recipe, stories, neutral, ordinary)
         self.plan = replace(self._texts.plan(names, self.blocks.max_tokens), layers=self.blocks.layers)
-        sums = [self._moments(), *([self._neutral_moments({})] if self.recipe.denoise else [])]
-        self.plan = replace(self.plan, bytes=sum(each.bytes for each in sums))
+        self.plan = replace(self.plan, bytes=self._moments().bytes + self._plain({}).bytes)
         self._families = _families(self.plan.names, families)
         self._components: dict[int, int] = {}
         self.summary: Summary | None = None
@@ -103,8 +103,8 @@ class Extraction:
         scatter = self.recipe.readers == "whitened"
         return StoryMoments(len(self.plan.names), residual_width(self.model), self.blocks.layers, scatter=scatter)
 
-    def _neutral_moments(self, about: Mapping[int, Tensor]) -> NeutralMoments:
-        return NeutralMoments(residual_width(self.model), self.blocks.layers, about, dialogues=self.recipe.denoise == "dialogues")
+    def _plain(self, about: Mapping[int, Tensor]) -> Plain:
+        return Plain(self.recipe, residual_width(self.model), self.blocks.layers, about)
 
     # --- the passes ---------------------------------------------------------------------------------------------------
 
@@ -191,7 +191,8 @@ class Extraction:
         }
 
     def _directions(self, moments: StoryMoments, progress: Progress) -> list[BankLayer]:
-        neutral = self._pass_over_neutral(moments, progress) if self.recipe.denoise else None
+        about = {layer: contrast(moments.at(f"sum.{layer}"), moments.at("count"))[1] for layer in self.blocks.layers}
+        plain = self._plain(about).over(self.blocks, self._texts, self.batch_tokens, progress)
         layers = []
         for layer in self.blocks.layers:
             try:
@@ -200,7 +201,8 @@ class Extraction:
                     moments.at(f"sum.{layer}"),
                     moments.at("count"),
                     moments.at(f"scatter.{layer}") if moments.scatter else None,
-                    None if neutral is None else neutral.covariance(layer),
+                    plain.neutral(layer),
+                    plain.ordinary(layer),
                 )
             except BankError as error:
                 raise BankError(f"layer {layer}: {error}") from None
@@ -216,17 +218,6 @@ class Extraction:
                 )
             )
         return layers
-
-    def _pass_over_neutral(self, moments: StoryMoments, progress: Progress) -> NeutralMoments:
-        count = moments.at("count")
-        neutral = self._neutral_moments({layer: contrast(moments.at(f"sum.{layer}"), count)[1] for layer in self.blocks.layers})
-        with self.blocks.shown_to(neutral.see):
-            for batch in ranks.share(batches(self._texts.neutral(), self.batch_tokens)):
-                neutral.take(batch)
-                self.blocks.run(batch)
-                progress.advance(batch.tokens)
-        neutral.over_ranks()
-        return neutral
 
     # --- what is said about it ----------------------------------------------------------------------------------------
 

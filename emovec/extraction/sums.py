@@ -98,21 +98,18 @@ def story_means(hidden: Tensor, batch: Batch) -> Tensor:
     return (used[:, None].to(rows) @ rows)[:, 0].double() / used.sum(1, keepdim=True)
 
 
-class NeutralMoments(Sums):
-    """Per layer the sum [d] and the scatter [d, d] of neutral text, its tokens or its dialogues' means.
+class Mean(Sums):
+    """Per layer the sum [d] of texts' tokens.
 
     Args:
         width: d.
         layers: the layers there will be.
-        about: layer -> [d], near the text's mean; taken away first, since the stream's huge constant part would drown the rest.
-        dialogues: whether a dialogue counts by its mean, rather than each of its tokens.
+        about: layer -> [d], near the texts' mean; taken away first, since the stream's huge constant part would drown the rest.
+        dialogues: whether a text counts by its mean, rather than each of its tokens.
     """
 
-    def __init__(self, width: int, layers: tuple[int, ...], about: Mapping[int, Tensor], *, dialogues: bool) -> None:
-        shapes: dict[str, tuple[int, ...]] = {"count": (1,)}
-        shapes |= {f"sum.{layer}": (width,) for layer in layers}
-        shapes |= {f"scatter.{layer}": (width, width) for layer in layers}
-        super().__init__(shapes)
+    def __init__(self, width: int, layers: tuple[int, ...], about: Mapping[int, Tensor], *, dialogues: bool = False) -> None:
+        super().__init__({"count": (1,), **{f"sum.{layer}": (width,) for layer in layers}})
         self._about, self._dialogues = about, dialogues
         self._batch: Batch | None = None
 
@@ -124,9 +121,28 @@ class NeutralMoments(Sums):
         assert self._batch is not None
         batch = self._batch.to(hidden.device)
         rows = story_means(hidden, batch) if self._dialogues else widened(hidden[batch.kinds != UNUSED])
-        rows = rows - self._about[layer].to(rows)
-        self.at(f"sum.{layer}", hidden.device).add_(rows.sum(0, dtype=torch.float64))
-        self.at(f"scatter.{layer}", hidden.device).add_(rows.T @ rows)
+        self.add(layer, rows - self._about[layer].to(rows))
+
+    def add(self, layer: int, rows: Tensor) -> None:
+        """Add tokens or texts [n, d] of one layer."""
+        self.at(f"sum.{layer}", rows.device).add_(rows.sum(0, dtype=torch.float64))
+
+    def mean(self, layer: int) -> Tensor:
+        """[d]."""
+        total = self.at(f"sum.{layer}")
+        return self._about[layer].to(total) + total / float(self.at("count"))
+
+
+class NeutralMoments(Mean):
+    """And per layer their scatter [d, d], of neutral text; the arguments are those of :class:`Mean`."""
+
+    def __init__(self, width: int, layers: tuple[int, ...], about: Mapping[int, Tensor], *, dialogues: bool) -> None:
+        super().__init__(width, layers, about, dialogues=dialogues)
+        self._shapes |= {f"scatter.{layer}": (width, width) for layer in layers}
+
+    def add(self, layer: int, rows: Tensor) -> None:
+        super().add(layer, rows)
+        self.at(f"scatter.{layer}", rows.device).add_(rows.T @ rows)
 
     def covariance(self, layer: int) -> Tensor:
         """[d, d]."""

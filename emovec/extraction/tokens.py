@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -32,6 +32,10 @@ class Tokens:
     ids: list[int]
     kinds: list[int]
     label: int = 0
+
+    def only(self, kind: int) -> Tokens:
+        """The same text, of which tokens of one kind are used."""
+        return replace(self, kinds=[own if own == kind else UNUSED for own in self.kinds])
 
 
 @dataclass(frozen=True)
