@@ -29,11 +29,11 @@ from heldout import means
 from torch import Tensor
 
 from emovec.bank import BankLayer, load_bank
-from emovec.evaluation.stats import wilson
 from emovec.extraction import ConceptExtraction
 from emovec.extraction.blocks import Blocks
 from emovec.extraction.tokens import dialogue_tokens
 from emovec.models import load_model
+from emovec.stats import wilson
 
 PAGE = pages.DOCS / "custom.md"
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -20,9 +21,9 @@ import torch
 
 from emovec.bank import load_bank
 from emovec.calibration import Alarms, alarms_in, conversations
-from emovec.evaluation.stats import wilson
 from emovec.extraction import corpus
 from emovec.models import load_model
+from emovec.stats import wilson
 
 PAGE = pages.DOCS / "calibration.md"
 MODEL = "smollm2-135m-instruct"
@@ -59,16 +60,39 @@ def measured() -> dict[str, Any]:
                 "others_family": [sum(bool(fired[key] & set(family[target])) for key in others), len(others)],
             }
         )
-    total = sum(false.values())
+    total, most = sum(false.values()), expected_most(int(units), alarms.rate)
     return {
         "alarms": asdict(alarms),
         "ordinary": units,
         "false_rate": {"mean": round(total / len(false) / units, 4), "highest": max(false.values()) / units},
         "false_interval_of": {name: [round(end, 4) for end in wilson(false[name], int(units))] for name in SHOWN},
+        "expected_most": most,
+        "within_expected": sum(count <= most for count in false.values()),
         "within_interval": sum(wilson(count, int(units))[0] <= guard["rate"] for count in false.values()),
         "concepts": len(false),
         "targets": targets,
     }
+
+
+def expected_most(conversations: int, rate: float) -> int:
+    """The 97.5 % quantile of false alarms in as many conversations as a bound was found on, if both halves are of a kind.
+
+    The bound is the j-th lowest of n peaks, so that the share of conversations above it is Beta(n + 1 - j, j) distributed, and the
+    alarms in n others are beta-binomial.
+    """
+    n = conversations
+    j = math.ceil((1 - rate) * (n + 1) - 1e-9)
+    a, b = n + 1 - j, j
+
+    def log_beta(x: float, y: float) -> float:
+        return math.lgamma(x) + math.lgamma(y) - math.lgamma(x + y)
+
+    reached = 0.0
+    for count in range(n + 1):
+        reached += math.comb(n, count) * math.exp(log_beta(count + a, n - count + b) - log_beta(a, b))
+        if reached >= 0.975:
+            return count
+    return n
 
 
 def table(results: dict[str, Any], machine: str) -> str:
@@ -86,6 +110,8 @@ def table(results: dict[str, Any], machine: str) -> str:
         f"False alarms over all {results['concepts']} concepts: {results['false_rate']['mean']:.3f} in a conversation on average, "
         f"{results['false_rate']['highest']:.2f} for the worst; for {results['within_interval']} of {results['concepts']} concepts the "
         f"95 % interval holds {results['alarms']['rate']:g} or lies below.",
+        f"A bound found on {results['ordinary']:g} conversations is itself uncertain: of {results['ordinary']:g} others it is crossed in "
+        f"{results['expected_most']} at most, with 97.5 % probability; so are {results['within_expected']} of the {results['concepts']}.",
         f"Of {own} scenarios the target's own bound fires in {caught}, one of its family's in {family}.",
         f"{machine}, `python bench/guard.py`, bench/results/guard.json.",
     ]

@@ -5,7 +5,7 @@ times, so that every text is tested once. A text is given to the concept that re
 within its topic. Activations are computed once; of each text its means at all layers are kept. Beside each figure stands what
 chance, shuffled labels and layer 0 (hardly more than the words) give. Then the same with one register alone, tested on the other,
 which nothing was made from; and with layers read together, as a bank's readout does: the mean of their scores, each in units of its
-deviation.
+deviation on ordinary prompts. Last the same as a monitor reads, which has no topics to centre in: about the mean of ordinary prompts.
 
 Writes bench/results/heldout.json and the tables of docs/extraction.md; with `--tables` the tables alone, from the results there are.
 """
@@ -13,7 +13,7 @@ Writes bench/results/heldout.json and the tables of docs/extraction.md; with `--
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from emovec.evaluation.activations import means
-from emovec.evaluation.labelled import Texts, derived, within_topics
+from emovec.evaluation.labelled import Moments, Texts, derived, within_topics
 from emovec.extraction import corpus
 from emovec.extraction.blocks import Blocks
 from emovec.extraction.recipe import Derived, Recipe
 from emovec.extraction.sums import NeutralMoments
-from emovec.extraction.tokens import batches, dialogue_tokens, story_tokens
+from emovec.extraction.tokens import PROMPT, batches, dialogue_tokens, prompt_tokens, story_tokens
 from emovec.models import load_model, residual_width
 
 PAGE = pages.DOCS / "extraction.md"
@@ -47,8 +47,8 @@ class Study:
     stories: Texts
     messages: Texts
     turns: Texts
-    neutral: Tensor
-    """[L, d, d], the covariance of neutral text."""
+    moments: Mapping[str, Moments]
+    """Of the tokens of neutral dialogues and of ordinary prompts' words."""
 
 
 # --- activations ----------------------------------------------------------------------------------------------------------
@@ -62,13 +62,20 @@ def study(device: str | None) -> Study:
         texts(blocks, tokenizer, file, chat=chat)
         for file, chat in (("stories.jsonl", False), ("messages.jsonl", False), ("messages.jsonl", True))
     )
-    about = {layer: stories.means[:, layer].double().mean(0).to(blocks.device) for layer in blocks.layers}
-    neutral = NeutralMoments(residual_width(model), blocks.layers, about, dialogues=RECIPE.denoise == "dialogues")
-    with blocks.shown_to(neutral.see):
-        for batch in batches((dialogue_tokens(tokenizer, said) for said in corpus.dialogues(corpus.shipped("neutral.jsonl"))()), 2048):
-            neutral.take(batch)
-            blocks.run(batch)
-    return Study(stories, messages, turns, torch.stack([neutral.covariance(layer).cpu() for layer in blocks.layers]))
+    return Study(stories, messages, turns, moments(blocks, tokenizer, residual_width(model), stories))
+
+
+def moments(blocks: Blocks, tokenizer: Any, width: int, near: Texts) -> dict[str, Moments]:
+    about = {layer: near.means[:, layer].double().mean(0).to(blocks.device) for layer in blocks.layers}
+    dialogues = (dialogue_tokens(tokenizer, said) for said in corpus.dialogues(corpus.shipped("neutral.jsonl"))())
+    prompts = (prompt_tokens(tokenizer, said).only(PROMPT) for said in corpus.prompts(corpus.shipped("ordinary.jsonl"))())
+    found = {}
+    for name, stream in (("neutral_tokens", dialogues), ("prompt", prompts)):
+        sums = NeutralMoments(width, blocks.layers, about, dialogues=False)
+        blocks.over(batches(stream, 2048), sums)
+        parts = ([part(layer).cpu() for layer in blocks.layers] for part in (sums.mean, sums.covariance))
+        found[name] = Moments(*map(torch.stack, parts), int(sums.at("count")), blocks.layers)
+    return found
 
 
 def texts(blocks: Blocks, tokenizer: Any, file: str, *, chat: bool) -> Texts:
@@ -82,16 +89,9 @@ def texts(blocks: Blocks, tokenizer: Any, file: str, *, chat: bool) -> Texts:
 # --- figures --------------------------------------------------------------------------------------------------------------
 
 
-def made_from(train: Texts, layer: int, neutral: Tensor, recipe: Recipe = RECIPE) -> Derived:
+def made_from(train: Texts, layer: int, data: Study, recipe: Recipe = RECIPE) -> Derived:
     """Directions and readers of one layer, by the recipe that makes banks."""
-    return derived(train, layer, len(corpus.emotions()), recipe, neutral[layer])
-
-
-def accuracy(onto: Tensor, test: Texts, layer: int, about: Tensor | None = None) -> Tensor:
-    """Top-1, top-5 and family accuracy [3] of readers ``onto`` [K, d], centred within topics or ``about`` a mean [d]."""
-    if about is None:
-        return rates(centred_scores(onto, test, layer), test)
-    return rates((test.at(layer) - about) @ onto.T, test)
+    return derived(train, layer, len(corpus.emotions()), recipe, data.moments)
 
 
 def centred_scores(onto: Tensor, test: Texts, layer: int) -> Tensor:
@@ -123,10 +123,10 @@ def folds(data: Study) -> list[tuple[Tensor, Tensor]]:
     return [(data.stories.among([2 * fold, 2 * fold + 1]), data.messages.among([fold])) for fold in range(5)]
 
 
-def both(made: Derived, test: Texts, layer: int, *, centred: bool = True) -> dict[str, Tensor]:
+def both(made: Derived, test: Texts, layer: int) -> dict[str, Tensor]:
+    """Top-1, top-5 and family accuracy [3] of directions and of readers, centred within topics."""
     assert made.readers is not None
-    about = None if centred else made.grand_mean
-    return {which: accuracy(getattr(made, which), test, layer, about) for which in ("directions", "readers")}
+    return {which: rates(centred_scores(getattr(made, which), test, layer), test) for which in ("directions", "readers")}
 
 
 def summary(found: Sequence[Tensor]) -> dict[str, Any]:
@@ -143,7 +143,6 @@ def heldout(
     recipe: Recipe = RECIPE,
     *,
     shuffled: bool = False,
-    centred: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Accuracy on held-out stories and messages (as users' turns), of directions and of readers, by fold and then summed up."""
     found: dict[str, dict[str, list[Tensor]]] = {}
@@ -154,15 +153,18 @@ def heldout(
         train = parts[made_of[0]]
         for name in made_of[1:]:
             train = train + parts[name]
-        made = made_from(train, layer, data.neutral, recipe)
+        made = made_from(train, layer, data, recipe)
         for name, test in (("stories", data.stories.where(stories)), ("messages", data.turns.where(messages))):
-            for which, value in both(made, test, layer, centred=centred).items():
+            for which, value in both(made, test, layer).items():
                 found.setdefault(name, {}).setdefault(which, []).append(value)
     return {name: {which: summary(values) for which, values in kinds.items()} for name, kinds in found.items()}
 
 
-def together(data: Study, layers: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Accuracy on held-out texts of the readers of ``layers`` together; by what they are made from and what they are tested on."""
+def together(data: Study, layers: Sequence[int], recipe: Recipe = RECIPE, *, centred: bool = True) -> dict[str, dict[str, Any]]:
+    """Accuracy on held-out texts of the readers of ``layers`` together; by what they are made from and what they are tested on.
+
+    Centred within the tested topics, or, as a monitor has to, about the mean of ordinary prompts.
+    """
     found: dict[str, dict[str, list[Tensor]]] = {}
     for stories, messages in folds(data):
         parts = {"stories": data.stories.where(~stories), "messages": data.messages.where(~messages)}
@@ -171,11 +173,12 @@ def together(data: Study, layers: Sequence[int]) -> dict[str, dict[str, Any]]:
             train = parts[names[0]] if len(names) == 1 else parts["stories"] + parts["messages"]
             scores = {name: torch.zeros(len(test.labels), len(corpus.emotions()), dtype=torch.float64) for name, test in tests.items()}
             for layer in layers:
-                readers = made_from(train, layer, data.neutral).readers
+                readers = made_from(train, layer, data, recipe).readers
                 assert readers is not None
-                spread = (train.at(layer) @ readers.T).std(0)
+                ordinary = data.moments["prompt"].baseline(layer, readers)
                 for name, test in tests.items():
-                    scores[name] += centred_scores(readers, test, layer) / spread
+                    read = centred_scores(readers, test, layer) if centred else test.at(layer) @ readers.T - ordinary.mean
+                    scores[name] += read / ordinary.std
             for name, test in tests.items():
                 found.setdefault(" and ".join(names), {}).setdefault(name, []).append(rates(scores[name], test))
     return {made: {name: summary(values) for name, values in tested.items()} for made, tested in found.items()}
@@ -198,7 +201,7 @@ def learning(data: Study, layer: int) -> list[dict[str, Any]]:
     test = data.stories.where(data.stories.among([8, 9]))
     rows = []
     for count in (2, 4, 6, 8):
-        made = made_from(data.stories.where(data.stories.among(list(range(count)))), layer, data.neutral)
+        made = made_from(data.stories.where(data.stories.among(list(range(count)))), layer, data)
         rows.append({"topics": count} | {which: summary([value]) for which, value in both(made, test, layer).items()})
     return rows
 
@@ -212,9 +215,20 @@ def variants(data: Study, layer: int) -> dict[str, Any]:
         "shrinkage 0.3": replace(RECIPE, shrinkage=0.3),
         "shrinkage 0.7": replace(RECIPE, shrinkage=0.7),
         "shrinkage 0.9": replace(RECIPE, shrinkage=0.9),
+        "not levelled": replace(RECIPE, level=False),
     }
-    found = {name: heldout(data, layer, recipe=recipe) for name, recipe in changed.items()}
-    return found | {"as shipped, not centred within topics": heldout(data, layer, centred=False)}
+    return {name: heldout(data, layer, recipe=recipe) for name, recipe in changed.items()}
+
+
+def as_read(data: Study, layers: Sequence[int]) -> dict[str, Any]:
+    """Layers together, centred as a monitor has to, by levelled readers and by others; and by the words alone."""
+    plain = replace(RECIPE, level=False)
+    return {
+        "levelled": together(data, layers, centred=False),
+        "not levelled": together(data, layers, plain, centred=False),
+        "levelled, layer 0": together(data, (0,), centred=False),
+        "not levelled, layer 0": together(data, (0,), plain, centred=False),
+    }
 
 
 def best(layers: Sequence[dict[str, Any]]) -> int:
@@ -249,6 +263,7 @@ def measured(data: Study) -> dict[str, Any]:
         "layers": layers,
         "together": sets,
         "words_alone": together(data, (0,)),
+        "as_read": as_read(data, fewest(sets)),
         "shuffled": heldout(data, chosen, shuffled=True),
         "messages_only": heldout(data, chosen, ("messages",)),
         "learning": learning(data, chosen),
@@ -277,11 +292,14 @@ def tables(results: dict[str, Any], machine: str) -> dict[str, str]:
     def name(layer: int) -> str:
         return f"**{layer}**" if layer == chosen else "0 (hardly more than the words)" if layer == 0 else str(layer)
 
-    def of_set(layers: list[int], found: dict[str, dict[str, Any]]) -> str:
+    def across_registers(title: str, found: dict[str, dict[str, Any]]) -> str:
         cells = [three(found["stories and messages"][test]) for test in ("stories", "messages")]
         cells += [three(found["stories"]["messages"]), three(found["messages"]["stories"])]
+        return f"| {title} | {' | '.join(cells)} |"
+
+    def of_set(layers: list[int], found: dict[str, dict[str, Any]]) -> str:
         title = name(0) if layers == [0] else ", ".join(map(str, layers))
-        return f"| {'**' + title + '**' if layers == results['chosen']['read_together'] else title} | {' | '.join(cells)} |"
+        return across_registers(f"**{title}**" if layers == results["chosen"]["read_together"] else title, found)
 
     shown = [found for found in results["layers"] if found["layer"] in {*SHOWN, chosen}]
     chance = " / ".join(f"{results['chance'][key]:.3f}" for key in PERCENT)
@@ -302,6 +320,11 @@ def tables(results: dict[str, Any], machine: str) -> dict[str, str]:
             "|---|---|---|---|---|",
             *(of_set(each["layers"], each["found"]) for each in results["together"]),
             of_set([0], results["words_alone"]),
+        ],
+        "as read": [
+            "| readers | made from both: stories | messages | from stories: messages | from messages: stories |",
+            "|---|---|---|---|---|",
+            *(across_registers(f"**{title}**" if title == "levelled" else title, found) for title, found in results["as_read"].items()),
         ],
         "variants": table("recipe", [row(name, found) for name, found in results["variants"].items()]),
         "learning": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ NAME = "smollm2-135m-instruct"
 def heldout(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(ROOT / "bench")
     yield __import__("heldout")
-    for name in ("heldout", "pages", "provenance", "bench_extract"):
+    for name in ("heldout", "others", "pages", "provenance", "bench_extract"):
         sys.modules.pop(name, None)
 
 
@@ -29,6 +30,27 @@ def test_the_tables_are_those_of_the_results(heldout: Any) -> None:
     found = heldout.provenance.read("heldout")
     page = heldout.PAGE.read_text(encoding="utf-8")
     assert heldout.pages.written(page, heldout.tables(found["results"], found["provenance"]["name"])) == page
+
+
+def test_other_writers_are_those_of_the_results(heldout: Any) -> None:
+    others = __import__("others")
+    found = heldout.provenance.read("others")
+    page = heldout.PAGE.read_text(encoding="utf-8")
+    assert heldout.pages.written(page, others.tables(found["results"], found["provenance"]["name"])) == page
+    for part in found["results"]["sets"].values():
+        assert part["bank"]["low"] > part["words"]["r"]
+
+
+def test_the_readme_says_what_the_results_say(heldout: Any) -> None:
+    results = heldout.provenance.read("heldout")["results"]
+    both, read = "stories and messages", results["as_read"]["levelled"]
+    centred = next(row["found"] for row in results["together"] if row["layers"] == results["chosen"]["read_together"])
+    found = [read[both][test][top] for top in ("top1", "top5") for test in ("stories", "messages")]
+    found += [results["as_read"]["levelled, layer 0"][both][test]["top1"] for test in ("stories", "messages")]
+    found += [each[one][other]["top1"] for each in (read, centred) for one, other in (("stories", "messages"), ("messages", "stories"))]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = re.findall(r"(\d+) %", text[text.index("- **Reading**: on topics") : text.index("- **Steering**: raising")])
+    assert said == [f"{100 * value:.0f}" for value in found]
 
 
 def test_the_cost_is_that_of_the_results(heldout: Any) -> None:

@@ -20,13 +20,13 @@ from emovec.evaluation.causality_page import parts
 from emovec.evaluation.labelled import remade
 from emovec.evaluation.material import Material
 from emovec.evaluation.reading import ranks_of, read
-from emovec.evaluation.stats import against, mean_estimate, permutation_p, quantiles, share_estimate, slopes
 from emovec.evaluation.steered import Steered, Value, with_random
 from emovec.evaluation.wordfamily import named
 from emovec.extraction import corpus
 from emovec.extraction.blocks import Blocks
 from emovec.extraction.tokens import UNUSED, Tokens
 from emovec.models import encode
+from emovec.stats import against, mean_estimate, permutation_p, quantiles, share_estimate, slopes
 
 __all__ = ["parts", "result", "usable"]
 

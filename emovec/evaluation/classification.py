@@ -18,8 +18,8 @@ from emovec.evaluation.classification_page import parts
 from emovec.evaluation.labelled import Texts, remade, within_topics
 from emovec.evaluation.material import Material
 from emovec.evaluation.reading import all_ranks, projections, read, read_layers
-from emovec.evaluation.stats import against, distinct, hit_estimate, mean_estimate, shuffled_within
 from emovec.extraction.recipe import Recipe
+from emovec.stats import against, distinct, hit_estimate, mean_estimate, shuffled_within
 
 __all__ = ["Case", "Trial", "parts", "result"]
 

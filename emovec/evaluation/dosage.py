@@ -14,11 +14,11 @@ from torch import Tensor
 
 from emovec.evaluation.material import Material
 from emovec.evaluation.reading import read, read_layers
-from emovec.evaluation.stats import against, hit_estimate, mean_estimate, permutation_p, slopes, spearman
 from emovec.evaluation.words import chance, said
 from emovec.report.markup import Html
 from emovec.report.prose import text
 from emovec.report.tables import table
+from emovec.stats import against, hit_estimate, mean_estimate, permutation_p, slopes, spearman
 
 RANDOM = 1000
 KIND = "turn_start"

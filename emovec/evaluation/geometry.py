@@ -16,7 +16,7 @@ from emovec.bank import BankLayer
 from emovec.evaluation.geometry_page import parts
 from emovec.evaluation.labelled import derived
 from emovec.evaluation.material import Material
-from emovec.evaluation.stats import adjusted_rand, against, correlation, distinct, kmeans, quantiles
+from emovec.stats import adjusted_rand, against, correlation, distinct, kmeans, quantiles
 
 __all__ = ["parts", "result"]
 

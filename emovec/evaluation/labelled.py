@@ -12,8 +12,8 @@ from torch import Tensor
 
 from emovec.bank import Bank, BankLayer, Baseline, Readout
 from emovec.bank_layer import KINDS
-from emovec.evaluation.stats import shuffled_within
 from emovec.extraction.recipe import Derived, Recipe, derive
+from emovec.stats import shuffled_within
 
 
 @dataclass(frozen=True)

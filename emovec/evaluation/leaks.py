@@ -11,12 +11,12 @@ from torch import Tensor
 from emovec.evaluation.labelled import derived
 from emovec.evaluation.material import Material
 from emovec.evaluation.reading import ranks_of
-from emovec.evaluation.stats import against, distinct, hit_estimate, mean_estimate, share_estimate, shuffled_within
 from emovec.evaluation.wordfamily import named
 from emovec.evaluation.words import chance, plain, said
 from emovec.report.markup import Html
 from emovec.report.prose import text
 from emovec.report.tables import table
+from emovec.stats import against, distinct, hit_estimate, mean_estimate, share_estimate, shuffled_within
 
 _SHOWN = 20
 _OTHERS = 5  # other concepts whose words are looked for in each text

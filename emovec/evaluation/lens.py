@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from emovec.evaluation.material import Material
 from emovec.evaluation.reading import all_ranks
-from emovec.evaluation.stats import against, hit_estimate
 from emovec.evaluation.words import chance, said
 from emovec.models import decoder_path, unwrapped
 from emovec.report.markup import Html, section, tag
 from emovec.report.prose import text
 from emovec.report.tables import table
+from emovec.stats import against, hit_estimate
 
 TOKENS = 8
 TOPS = (1, 5)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from emovec.evaluation.material import Material
 from emovec.evaluation.reading import all_ranks, read
-from emovec.evaluation.stats import against, distinct, hit_estimate, numbered
 from emovec.evaluation.words import chance, said
 from emovec.report.markup import Html
 from emovec.report.prose import text
 from emovec.report.tables import table
+from emovec.stats import against, distinct, hit_estimate, numbered
 
 TOPS = (1, 3, 5)
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from emovec.evaluation.figures import Figure, whiskers
 from emovec.evaluation.material import Material
 from emovec.evaluation.reading import all_ranks, projections, read
-from emovec.evaluation.stats import against, distinct, hit_estimate
 from emovec.evaluation.words import chance, said
 from emovec.report.markup import Html
 from emovec.report.prose import text
 from emovec.report.tables import table
+from emovec.stats import against, distinct, hit_estimate
 
 READOUTS = {
     "turn start": ("turn start", "turn_start", True),

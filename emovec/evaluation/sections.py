@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from emovec import bank, bank_layer, readout
+from emovec import bank, bank_layer, readout, stats
 from emovec.bank_layer import nearest, shown
 from emovec.evaluation import (
     activations,
@@ -26,7 +26,6 @@ from emovec.evaluation import (
     scenarios,
     speakers,
     stability,
-    stats,
     steered,
     texts,
     wordfamily,

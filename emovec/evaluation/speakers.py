@@ -14,11 +14,11 @@ from torch import Tensor
 from emovec.evaluation.figures import Figure, whiskers
 from emovec.evaluation.material import Material
 from emovec.evaluation.reading import all_ranks, read
-from emovec.evaluation.stats import against, correlation, hit_estimate, quantiles
 from emovec.evaluation.words import chance, said
 from emovec.report.markup import Html
 from emovec.report.prose import text
 from emovec.report.tables import table
+from emovec.stats import against, correlation, hit_estimate, quantiles
 
 KINDS = {"user's words": "prompt", "user's last token": "prompt", "before the answer": "turn_start", "assistant's words": "generated"}
 WHOSE = ("user_emotion", "assistant_emotion")

@@ -18,12 +18,12 @@ from emovec.evaluation.figures import DOWN, MUTED, UP, Figure, curves
 from emovec.evaluation.labelled import Texts, derived
 from emovec.evaluation.material import Material
 from emovec.evaluation.reading import ranks_of, read_layers
-from emovec.evaluation.stats import distinct, mean_estimate, quantiles
 from emovec.evaluation.words import plain, said
 from emovec.extraction.recipe import Recipe, leading, project_out, unit
 from emovec.report.markup import Html
 from emovec.report.prose import text
 from emovec.report.tables import table
+from emovec.stats import distinct, mean_estimate, quantiles
 
 SPLITS = 20
 DENOISE = (None, "tokens", "dialogues")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from emovec.extraction.recipe import project_out, unit
+from emovec.stats import wilson
 
 EXACT = 12  # topics up to which all sign flips are counted
 FLIPS = 4999  # drawn where there are more
@@ -155,8 +156,6 @@ def judged(
         deviation: of ordinary tokens, as the concept's reader reads them.
         near: its neighbours.
     """
-    from emovec.evaluation.stats import wilson  # evaluation is built on this package
-
     signs = flips(topics)
     null = accuracies(rows, read, topics, signs)
     accuracy, count = float(null[0]), numbered(topics)[1]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emovec.evaluation import stats
+from emovec import stats
 from emovec.evaluation.reading import all_ranks, ranks_of
 
 
