@@ -25,7 +25,7 @@ from emovec.bank import BankLayer
 from emovec.extraction.calibrate import _ProjectionSums
 from emovec.extraction.recipe import derive
 from emovec.extraction.run import Extraction
-from emovec.extraction.sums import Sums
+from emovec.extraction.sums import Mean, NeutralMoments, Sums
 from emovec.extraction.tokens import Batch, Tokens, batches
 from emovec.models import load_model, residual_width
 
@@ -55,17 +55,16 @@ def measure(options: argparse.Namespace) -> None:
     now = clock(job.blocks.device)
     names, layers = job.plan.names, job.blocks.layers
     made = [BankLayer.from_directions(torch.randn(len(names), residual_width(model)), names, layer) for layer in layers]
+    width, about = residual_width(model), dict.fromkeys(layers, made[0].directions[0])
     passes = {
         "stories": compare(job, job._moments(), job._texts.stories(names), options, now),
-        "neutral": compare(job, job._neutral_moments(dict.fromkeys(layers, made[0].directions[0])), job._texts.neutral(), options, now),
-        "calibration": compare(job, _ProjectionSums(made), job._texts.calibration(), options, now),
+        "neutral": compare(job, NeutralMoments(width, layers, about, dialogues=False), iter(job._texts.neutral()), options, now),
+        "ordinary": compare(job, Mean(width, layers, about), iter(job._texts.words()), options, now),
+        "calibration": compare(job, _ProjectionSums(made), iter(job._texts.calibration()), options, now),
     }
     algebra = len(layers) * algebra_of(job, now)
-    tokens = {
-        "stories": job.plan.story_tokens,
-        "neutral": sum(len(text.ids) for text in job._texts.neutral()),
-        "calibration": sum(len(text.ids) for text in job._texts.calibration()),
-    }
+    texts = {"neutral": job._texts.neutral(), "ordinary": job._texts.words(), "calibration": job._texts.calibration()}
+    tokens = {"stories": job.plan.story_tokens, **{name: sum(len(text.ids) for text in part) for name, part in texts.items()}}
     bare = sum(tokens[name] / passes[name]["bare_tokens_per_s"] for name in tokens)
     whole = sum(tokens[name] / passes[name]["bare_tokens_per_s"] / passes[name]["ratio"] for name in tokens) + algebra
     results = {
@@ -125,7 +124,7 @@ def algebra_of(job: Extraction, now: Callable[[], float]) -> float:
     concepts, width = len(job.plan.names), residual_width(job.model)
     sums, rows = (torch.randn(count, width, dtype=torch.float64, device=job.blocks.device) for count in (concepts, 4 * width))
     started = now()
-    derive(job.recipe, sums, torch.full((concepts,), 10.0, dtype=torch.float64), rows.T @ rows, rows.T @ rows)
+    derive(job.recipe, sums, torch.full((concepts,), 10.0, dtype=torch.float64), rows.T @ rows, rows.T @ rows, rows[0])
     return now() - started
 
 
