@@ -87,18 +87,20 @@ T* contiguous(const char* name, const Tensor& tensor) {
   return data<T>(tensor);
 }
 
+// As emovec/ops.py packs them. Beside a 16-bit x they are rounded to its dtype, or not: then fp32 on a CPU, two parts on a GPU.
 void set_readers(ev_args& a, const Tensor& x, const Tensor& readers) {
   const int64_t lanes = EV_LANES;
-  a.k_padded = (a.k + lanes - 1) / lanes * lanes;
   const bool cpu = x.is_cpu();
-  if (!cpu) {
-    a.reader_dtype = a.dtype;
+  a.k_padded = (a.k + lanes - 1) / lanes * lanes;
+  a.reader_parts = !cpu && a.dtype != EV_F32 && readers.dim() == 3 ? 2 : 1;
+  a.reader_dtype = cpu && (a.dtype != EV_BF16 || readers.scalar_type() == ScalarType::Float) ? EV_F32 : a.dtype;
+  if (a.reader_parts == 2) {
+    check("readers", readers, x, x.scalar_type(), {2, a.k_padded, a.d});
+  } else if (!cpu) {
     check("readers", readers, x, x.scalar_type(), {a.k_padded, a.d});
-  } else if (a.dtype == EV_BF16) {
-    a.reader_dtype = EV_BF16;
+  } else if (a.reader_dtype == EV_BF16) {
     check("readers", readers, x, ScalarType::BFloat16, {a.k_padded / lanes, (a.d + 1) / 2, lanes, 2});
   } else {
-    a.reader_dtype = EV_F32;
     check("readers", readers, x, ScalarType::Float, {a.k_padded / lanes, a.d, lanes});
   }
   a.readers = contiguous<void>("readers", readers);
@@ -176,9 +178,12 @@ ev_args checked(const Tensor& x, const Tensor& readers, const Tensor& directions
     a.residual_stride = residual->stride(0);
   }
   if (scores) {
-    check("scores", *scores, x, ScalarType::Float, {a.n, a.k});
+    const ScalarType type = scores->scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "emovec: scores must be float32 or bfloat16, got ", name_of(type));
+    check("scores", *scores, x, type, {a.n, a.k});
     check_rows("scores", *scores);
-    a.scores = data<float>(*scores);
+    a.scores = scores->data_ptr();
+    a.scores_dtype = type == ScalarType::Float ? EV_F32 : EV_BF16;
     a.scores_stride = scores->stride(0);
   }
   if (sqnorm) {
@@ -228,6 +233,10 @@ void apply_cuda(Tensor x, Tensor readers, Tensor directions, Tensor mean, Tensor
   ev_args a = checked(x, readers, directions, mean, inv_std, residual, row, delta, gate, gate_threshold, rule_concept,
                       rule_bounds, rule_solve, scores, sqnorm);
   STD_TORCH_CHECK(a.d % 8 == 0, "emovec: on a GPU d must be a multiple of 8, got ", a.d);
+  const int32_t kernel = kernel_of(form);
+  STD_TORCH_CHECK(a.reader_parts == 1 || kernel <= EV_CUDA_PORTABLE || kernel == EV_CUDA_SLICED, "emovec: form ", form,
+                  " takes readers that are rounded to the dtype of x, not those of precision=\"high\"; forms ", int(EV_CUDA_PORTABLE), " and ",
+                  int(EV_CUDA_SLICED), " take both");
   STD_TORCH_CHECK(current_stream(), "emovec: x is on a GPU, but libtorch_cuda is not loaded or does not tell the current stream");
   const int32_t device = x.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
@@ -236,7 +245,7 @@ void apply_cuda(Tensor x, Tensor readers, Tensor directions, Tensor mean, Tensor
   ev_cuda_device gpu{};
   int error = ev_cuda_describe(&gpu);
   STD_TORCH_CHECK(error == 0, "emovec: the GPU does not describe itself: ", ev_cuda_error_string(error));
-  const ev_cuda_plan plan = ev_plan_cuda(&a, kernel_of(form), &gpu);
+  const ev_cuda_plan plan = ev_plan_cuda(&a, kernel, &gpu);
   STD_TORCH_CHECK(plan.kernel != EV_NO_KERNEL, "emovec: this GPU cannot run form ", form, " on this call");
   std::optional<Tensor> workspace;  // torch's own, so that a captured call has one of its graph's
   if (plan.workspace > 0) {
@@ -248,11 +257,13 @@ void apply_cuda(Tensor x, Tensor readers, Tensor directions, Tensor mean, Tensor
 }
 
 // The plan of a call on a GPU that need not be here, as emovec/plan.py asks for it. Its tensors are aligned and without gaps.
-// `rules`: of the table's rows, -1 without a table. `device` and what is returned: the fields of ev_cuda_device and ev_cuda_plan.
-constexpr char kPlanSchema[] = "plan_cuda(int n, int d, int k, int dtype, bool residual, int rules, bool outputs, int[] device) -> int[]";
+// `parts`: of the readers. `rules`: of the table's rows, -1 without a table. `device` and what is returned: the fields of ev_cuda_device and ev_cuda_plan.
+constexpr char kPlanSchema[] =
+    "plan_cuda(int n, int d, int k, int dtype, int parts, bool residual, int rules, bool outputs, int[] device) -> int[]";
 constexpr char kDescribeSchema[] = "describe_cuda() -> int[]";
 
-std::vector<int64_t> plan_cuda(int64_t n, int64_t d, int64_t k, int64_t dtype, bool residual, int64_t rules, bool outputs, std::vector<int64_t> device) {
+std::vector<int64_t> plan_cuda(int64_t n, int64_t d, int64_t k, int64_t dtype, int64_t parts, bool residual, int64_t rules, bool outputs,
+                               std::vector<int64_t> device) {
   STD_TORCH_CHECK(device.size() == 8, "emovec: a device is described by 8 numbers, got ", device.size());
   const auto of = [&](int i) { return static_cast<int32_t>(device[i]); };
   const ev_cuda_device on{of(0), of(1), of(2), of(3), {of(4), of(5), of(6), of(7)}};
@@ -261,6 +272,7 @@ std::vector<int64_t> plan_cuda(int64_t n, int64_t d, int64_t k, int64_t dtype, b
   a.n = n, a.d = a.x_stride = a.residual_stride = d, a.k = a.scores_stride = k;
   a.k_padded = (k + EV_LANES - 1) / EV_LANES * EV_LANES;
   a.dtype = a.reader_dtype = static_cast<ev_dtype>(dtype);
+  a.reader_parts = static_cast<int32_t>(parts);
   a.x = present;
   a.readers = a.directions = present;
   if (residual) a.residual = present;

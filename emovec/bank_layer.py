@@ -110,7 +110,7 @@ class BankLayer:
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
     residual_norm: float | None = None
     random_null: Baseline | None = None
-    _operands: dict[tuple[torch.device, torch.dtype, str], Operands] = field(default_factory=dict, init=False, repr=False)
+    _operands: dict[tuple[torch.device, torch.dtype, str, str], Operands] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not _is_int(self.index) or self.index < 0:
@@ -196,16 +196,19 @@ class BankLayer:
             raise BankError(f"layer {self.index} is not calibrated: it has no baseline to express scores in")
         return found
 
-    def operands(self, device: torch.device | str, dtype: torch.dtype, kind: str = "prompt") -> Operands:
-        """The layer laid out for the op, kept for the next call. Concepts without a baseline score raw projections."""
-        key = (torch.device(device), dtype, kind)
+    def operands(self, device: torch.device | str, dtype: torch.dtype, kind: str = "prompt", precision: str = "fast") -> Operands:
+        """The layer laid out for the op, kept for the next call. Concepts without a baseline score raw projections.
+
+        precision: "high" for readers that are not rounded to ``dtype``, as in :meth:`emovec.ops.Operands.build`.
+        """
+        key = (torch.device(device), dtype, kind, precision)
         found = self._operands.get(key)
         if found is None:
             baseline = self.baseline(kind) if self.baselines else None
             readers = self.directions if self.readers is None else self.readers
             mean = None if baseline is None else baseline.mean.nan_to_num(0.0)
             std = None if baseline is None else baseline.std.nan_to_num(1.0)
-            found = Operands.build(readers, self.directions, mean, std, device=key[0], dtype=dtype)
+            found = Operands.build(readers, self.directions, mean, std, device=key[0], dtype=dtype, precision=precision)
             self._operands[key] = found
         return found
 

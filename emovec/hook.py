@@ -18,7 +18,7 @@ from emovec.bank import Bank, BankLayer
 from emovec.bank_layer import KINDS, shown
 from emovec.models import decoder_layers, residual_width, unwrapped
 from emovec.monitor import Reading
-from emovec.ops import Row, Table
+from emovec.ops import Row, Table, check_precision
 from emovec.recording import Recording
 from emovec.steer import Steering
 from emovec.tap import RowBuffers, Tap, apply_to, check_width, retype, stream_of
@@ -64,6 +64,7 @@ def attach(
     layers: Sequence[int] | None = None,
     *,
     read: bool = True,
+    precision: str = "fast",
     steer_layers: Sequence[int] | None = None,
     guard: Guarding | None = None,
     tokenizer: Any = None,
@@ -78,6 +79,7 @@ def attach(
         steer: a steering value, or the name of a profile, for all sequences; or a list with one (or None) for each.
         layers: the layers to read at; default: all of the bank's.
         read: whether to keep scores. Without, memory does not grow, and the probe has no readings.
+        precision: "high" to read with readers that are not rounded to the activations' dtype, which costs more (``docs/op.md``).
         steer_layers: the layers to steer at; default: the bank's.
         guard: an ``emovec.Guard``.
         tokenizer: gives readings their text; a guard that refuses with a text needs it.
@@ -95,6 +97,7 @@ def attach(
     """
     if not isinstance(bank, Bank):
         raise TypeError(f"bank must be a Bank, got {shown(bank)}; for one layer use emovec.Hook")
+    check_precision(precision)
     if guard is not None and not hasattr(guard, "bind"):
         raise TypeError(f"guard must be a Guard, got {shown(guard)}; wrap thresholds in emovec.Guard(...)")
     blocks = _blocks(model, bank, tokenizer, force)
@@ -115,7 +118,7 @@ def attach(
     for index in rows:
         if index >= len(blocks):
             raise ValueError(f"layer {index} does not exist in a model of {len(blocks)} decoder blocks")
-    return Probe(model, bank, allotment, rows, reading, Recording(bank, kept, tokenizer), watch)
+    return Probe(model, bank, allotment, rows, reading, Recording(bank, kept, tokenizer), watch, precision)
 
 
 class Probe:
@@ -134,13 +137,15 @@ class Probe:
         reading: set[int],
         recording: Recording,
         watch: Watch | None,
+        precision: str = "fast",
     ) -> None:
         self.bank = bank
         self.follows = bool(recording.layers) or watch is not None
         self._allotment, self._recording, self._watch = allotment, recording, watch
         self._buffers = RowBuffers()
         self._tracker = Tracker(model, self)
-        self._taps = {index: Tap(bank[index], rows[index], index in reading, self._tracker, self._buffers) for index in rows}
+        made = (self._tracker, self._buffers, precision)
+        self._taps = {index: Tap(bank[index], rows[index], index in reading, *made) for index in rows}
         self._handles: dict[int, Any] = {}
         self._failed: str | None = None
         try:
@@ -250,6 +255,7 @@ class Hook:
             ``"on"`` is refused, for want of knowing.
         kind: the kind of position whose baseline scores, bounds and conditions are in units of.
         read: whether to keep the scores of the latest call.
+        precision: as :func:`attach` takes it.
         device, dtype: of the activations, to lay out at once rather than at the first call; ``torch.compile(fullgraph=True)`` needs that.
 
     Raises:
@@ -264,6 +270,7 @@ class Hook:
         *,
         kind: str = "prompt",
         read: bool = True,
+        precision: str = "fast",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -275,7 +282,8 @@ class Hook:
             self.layer = bank[bank.read_layer if layer is None else layer]
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {shown(kind)}")
-        self.kind, self.read = kind, read
+        check_precision(precision)
+        self.kind, self.read, self.precision = kind, read, precision
         parsed_steer = parsed(steer, self.layer.names)
         values = [parsed_steer] if isinstance(parsed_steer, Steering) else parsed_steer
         for entry in (entry for value in values for entry in value.entries):
@@ -331,7 +339,7 @@ class Hook:
 
     def _lay_out_now(self, device: torch.device, dtype: torch.dtype) -> None:
         with torch.inference_mode(False):
-            self._operands = self.layer.operands(device, dtype, self.kind)
+            self._operands = self.layer.operands(device, dtype, self.kind, self.precision)
             self._table = Table.build(self._rows, self._operands) if self._rows else None
             self._row = None if self._slots is None else self._slots.to(device)
             self._place = (device, dtype)

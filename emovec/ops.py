@@ -22,6 +22,7 @@ MAX_CONCEPTS = 1024
 MAX_RULES = 16
 LANES = 16  # readers are padded to a multiple of this many concepts: one zmm register, one mma tile
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PRECISIONS = ("fast", "high")  # of readers: rounded to the activations' dtype, or not
 MAX_CONDITION = 1e5  # of G_S: fp32 keeps two digits of a rule there, and such directions cannot be told apart anyway
 
 _LIBRARY = Path(__file__).parent / "libemovec.so"
@@ -58,15 +59,18 @@ class Operands:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        precision: str = "fast",
     ) -> Operands:
         """Lay out readers and directions [K, d] for ``device`` and ``dtype`` (default: those of ``readers``).
 
         Without ``mean`` and ``std`` [K] a score is the raw projection. Readers and directions are rounded to ``dtype``,
-        as a matrix product with activations of that dtype would round them.
+        as a matrix product with activations of that dtype would round them; with ``precision="high"`` readers are not,
+        which costs more (see ``docs/op.md``), while steering still adds rounded directions.
         """
         device = readers.device if device is None else torch.device(device)
         dtype = readers.dtype if dtype is None else dtype
         require(dtype in DTYPES, f"activations must be float32, bfloat16 or float16, got {dtype}")
+        check_precision(precision)
         require(readers.dim() == 2, f"readers must be [K, d], got {tuple(readers.shape)}")
         require(readers.shape == directions.shape, f"readers are {tuple(readers.shape)} but directions are {tuple(directions.shape)}")
         concepts = readers.shape[0]
@@ -78,9 +82,8 @@ class Operands:
             f"mean and std must be [{concepts}], got {tuple(mean.shape)} and {tuple(std.shape)}",
         )
         require(bool((std > 0).all()), "std must be positive for every concept")
-        rounded = readers.to(device, dtype)
         return cls(
-            readers=pack(rounded),
+            readers=pack(readers.to(device, dtype)) if precision == "fast" else pack_high(readers.to(device, torch.float32), dtype),
             directions=directions.to(device, dtype).contiguous(),
             mean=mean.to(device, torch.float32).contiguous(),
             inv_std=std.to(device, torch.float64).reciprocal().float(),
@@ -122,10 +125,28 @@ def pack(readers: Tensor) -> Tensor:
     return panels.transpose(1, 2).contiguous()
 
 
+def pack_high(readers: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same for fp32 readers [K, d] that are not to be rounded to the activations' ``dtype``.
+
+    CPU: fp32. Other devices, for bf16 and fp16: the two parts of :func:`split`, ``[2, KP, d]``.
+    """
+    if readers.device.type == "cpu" or dtype == torch.float32:
+        return pack(readers)
+    return torch.stack([pack(part) for part in split(readers, dtype)])
+
+
+def split(readers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """fp32 readers rounded to ``dtype``, and what that took from them, rounded to it: fp32 holds their sum."""
+    rounded = readers.to(dtype)
+    return rounded, (readers - rounded.float()).to(dtype)
+
+
 def unpack(packed: Tensor, concepts: int, width: int) -> Tensor:
-    """The readers [K, d] that :func:`pack` laid out."""
+    """The readers [K, d] that :func:`pack` or :func:`pack_high` laid out."""
     if packed.device.type == "cpu":
         packed = packed.transpose(1, 2).flatten(2).flatten(0, 1)
+    elif packed.dim() == 3:
+        packed = packed.float().sum(0)
     return packed[:concepts, :width]
 
 
@@ -274,7 +295,8 @@ def apply_(
         table: the steering table; None reads only.
         row: ``[N]`` int32 into the table, -1 for a token to leave alone; None means row 0 for every token.
         residual: ``[N, d]`` in x's dtype for engines that keep the stream as a sum; then ``h = x + residual``.
-        scores: ``[N, K]`` fp32, filled with ``(<h, reader_k> - mean_k) / std_k`` of the stream before steering.
+        scores: ``[N, K]`` fp32 or bf16, filled with ``(<h, reader_k> - mean_k) / std_k`` of the stream before steering; in
+            bf16 with the fp32 scores, rounded once.
         sqnorm: ``[N]`` fp32, filled with ``<h, h>`` before steering.
         form: force one form of the kernel (see ``emovec info``); 0 takes what :mod:`emovec.plan` says.
 
@@ -305,6 +327,10 @@ def _fallback(x: Tensor, readers: Tensor, directions: Tensor, mean: Tensor, inv_
         triton.launch(x, readers, directions, mean, inv_std, *args)
         return
     reference.apply_(x, unpack(readers, *directions.shape), directions, mean, inv_std, *args[:10])
+
+
+def check_precision(precision: str) -> None:
+    require(precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
 def require(condition: bool, message: str) -> None:

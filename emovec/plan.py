@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from emovec.ops import DTYPES, LANES, MAX_CONCEPTS, MAX_RULES, require
+from emovec.ops import DTYPES, LANES, MAX_CONCEPTS, MAX_RULES, check_precision, require
 
 MODES = ("read", "add", "rules")
 # `ev_cuda_device` of kernels/api.h. How many clusters of 2, 4 and 8 blocks run at once differs a little between cards of a kind,
@@ -28,7 +28,8 @@ class Work:
     """What a call on N = ``tokens`` of d = ``width`` and K = ``concepts`` must do at least, by whatever kernel and device.
 
     mode: "read" leaves x alone, "add" adds a row to every token, "rules" holds rules on every token besides.
-    residual: the stream is ``x + residual``. scores: scores and squared norms are asked for. rows: of the steering table.
+    residual: the stream is ``x + residual``. scores: scores, in fp32, and squared norms are asked for. rows: of the steering
+    table. precision: "high" where readers are not rounded to ``dtype``.
     """
 
     tokens: int
@@ -39,6 +40,7 @@ class Work:
     residual: bool = False
     scores: bool = True
     rows: int = 1
+    precision: str = "fast"
 
     def __post_init__(self) -> None:
         require(self.tokens >= 1, f"tokens must be at least 1, got {self.tokens}")
@@ -46,6 +48,7 @@ class Work:
         require(1 <= self.concepts <= MAX_CONCEPTS, f"concepts must be 1 to {MAX_CONCEPTS}, got {self.concepts}")
         require(self.dtype in DTYPES, f"dtype must be float32, bfloat16 or float16, got {self.dtype}")
         require(self.mode in MODES, f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        check_precision(self.precision)
         require(self.rows >= 1, f"rows must be at least 1, got {self.rows}")
         require(self.scores or self.steers, "to read without scores is no work")
 
@@ -66,7 +69,7 @@ class Work:
     @property
     def readers(self) -> int:
         """Bytes of the readers."""
-        return self.concepts * self.width * self.dtype.itemsize
+        return self.concepts * self.width * (4 if self.precision == "high" else self.dtype.itemsize)
 
     @property
     def bytes(self) -> int:
@@ -94,6 +97,7 @@ class Plan(Work):
 
     kernel: its name, as ``emovec._host.kernels()`` has it. split: what is dealt out. tile: tokens taken at a time.
     blocks: of a GPU's first launch; the threads of a CPU, at most. launches: of kernels, 0 on a CPU.
+    parts: of the readers; 2 where a GPU is given what rounding took from them beside them.
     moved: ``bytes``, and what this kernel moves beyond them: x and residual as often as it reads them again (mostly from a cache),
     readers that it need not have read, its workspace out and in. That every tile reads the readers, from a cache, counts once.
     """
@@ -104,7 +108,13 @@ class Plan(Work):
     tile: int
     blocks: int
     launches: int
+    parts: int
     moved: int
+
+    @property
+    def operations(self) -> int:
+        """Those of the projections, on every part of the readers."""
+        return super().operations * self.parts
 
 
 def plan(
@@ -117,6 +127,7 @@ def plan(
     residual: bool = False,
     scores: bool = True,
     rows: int = 1,
+    precision: str = "fast",
     device: str = "cpu",
 ) -> Plan:
     """The plan of :class:`Work` on "cpu" (this processor, with torch's threads), "cuda" (the current GPU) or one of ``DEVICES``.
@@ -127,7 +138,7 @@ def plan(
         ValueError: an argument is wrong, or this device or this build cannot do the call.
     """
     shape: dict[str, Any] = {"tokens": tokens, "width": width, "concepts": concepts, "dtype": dtype}
-    work = Work(**shape, mode=mode, residual=residual, scores=scores, rows=rows)
+    work = Work(**shape, mode=mode, residual=residual, scores=scores, rows=rows, precision=precision)
     known = ("cpu", "cuda", *DEVICES)
     require(device in known, f"device must be one of {', '.join(known)}, got {device!r}")
     return _on_cpu(work) if device == "cpu" else _on_gpu(work, device)
@@ -145,7 +156,7 @@ def _on_cpu(work: Work) -> Plan:
     split, tile = _host.plan(work.tokens, work.width, work.concepts if work.projects else 0, threads)
     blocks = {"serial": 1, "over concepts": min(threads, -(-work.concepts // LANES))}.get(split, min(threads, work.tokens))
     how: dict[str, Any] = {"kernel": _host.fastest(), "split": split, "tile": tile, "blocks": blocks}
-    return Plan(**vars(work), **how, device="cpu", launches=0, moved=work.bytes)
+    return Plan(**vars(work), **how, device="cpu", launches=0, parts=1, moved=work.bytes)
 
 
 def _on_gpu(work: Work, device: str) -> Plan:
@@ -156,8 +167,9 @@ def _on_gpu(work: Work, device: str) -> Plan:
     require(work.width % 8 == 0, f"on a GPU width must be a multiple of 8, got {work.width}")
     described = DEVICES[device] if device in DEVICES else torch.ops.emovec.describe_cuda()
     rules = {"read": -1, "add": 0, "rules": MAX_RULES}[work.mode]
+    parts = 2 if work.precision == "high" and work.dtype != torch.float32 else 1
     number, tile, blocks, launches, workspace, passes, again = torch.ops.emovec.plan_cuda(
-        work.tokens, work.width, work.concepts, DTYPES.index(work.dtype), work.residual, rules, work.scores, described
+        work.tokens, work.width, work.concepts, DTYPES.index(work.dtype), parts, work.residual, rules, work.scores, described
     )
     names: dict[int, str] = {number: name for name, number in _host.kernels().items()}
     require(number in names, f"device {device!r} has no kernel for {work}")
@@ -165,4 +177,4 @@ def _on_gpu(work: Work, device: str) -> Plan:
     how: dict[str, Any] = {"kernel": names[number], "split": split, "tile": tile, "blocks": blocks}
     reads = passes + again - 1 + (passes - work.projects if work.residual else 0)  # of x and residual, beyond those that must be
     moved = work.bytes + reads * work.stream + (min(passes, 1) - work.projects) * work.readers + 8 * workspace
-    return Plan(**vars(work), **how, device=device, launches=launches, moved=moved)
+    return Plan(**vars(work), **how, device=device, launches=launches, parts=parts, moved=moved)

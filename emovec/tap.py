@@ -112,10 +112,13 @@ class Tap:
         reads: whether it fills ``scores``.
         tracker: tells whether a forward pass of the whole model is under way.
         buffers: the tokens' rows.
+        precision: of the scores, as :func:`emovec.hook.attach` takes it.
     """
 
-    def __init__(self, layer: BankLayer, rows: Sequence[Row], reads: bool, tracker: Tracker, buffers: RowBuffers) -> None:
-        self.layer, self.rows, self.reads = layer, tuple(rows), reads
+    def __init__(
+        self, layer: BankLayer, rows: Sequence[Row], reads: bool, tracker: Tracker, buffers: RowBuffers, precision: str = "fast"
+    ) -> None:
+        self.layer, self.rows, self.reads, self.precision = layer, tuple(rows), reads, precision
         self.tokens = -1  # of the last call; a compiled graph sets it as well, so it tells that the hook is in the graph
         self._tracker, self._buffers = tracker, buffers
         self._place: tuple[torch.device, torch.dtype] | None = None
@@ -124,7 +127,7 @@ class Tap:
     def lay_out(self, device: torch.device, dtype: torch.dtype) -> None:
         """Prepare for a block whose output is on ``device`` in ``dtype``."""
         with torch.inference_mode(False):  # what is kept must be usable outside it
-            self.operands = self.layer.operands(device, dtype)
+            self.operands = self.layer.operands(device, dtype, precision=self.precision)
             self.table = Table.build(self.rows, self.operands) if self.rows else None
             for tensor in (*vars(self.operands).values(), *(self.table.tensors() if self.table is not None else ())):
                 persistent(tensor)

@@ -24,6 +24,8 @@ struct ev_args {
   int64_t n, d, k, k_padded;
   ev_dtype dtype;         // of x, residual and directions
   ev_dtype reader_dtype;  // of the packed readers
+  int32_t reader_parts;   // 1; on a GPU also 2, [2, KP, d]: the readers rounded, and what that took from them, rounded
+  ev_dtype scores_dtype;  // EV_F32 or EV_BF16
   void* x;                // [N, d], rows x_stride elements apart
   int64_t x_stride;
   const void* residual;  // [N, d] or null
@@ -34,7 +36,7 @@ struct ev_args {
   const float* inv_std;    // [K]
   const int32_t* row;      // [N] into the table, -1: leave alone; null: row 0 for every token
   ev_table table;
-  float* scores;  // [N, K], rows scores_stride elements apart, or null
+  void* scores;  // [N, K], rows scores_stride elements apart, or null
   int64_t scores_stride;
   float* sqnorm;  // [N] or null
   float* workspace;  // as many floats as the plan says; not initialised

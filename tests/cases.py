@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from emovec import ops, reference
 
@@ -22,6 +23,9 @@ MODES = {
     "strided": {"strided": True, "residual": True},
     "steer_only": {"outputs": False},
     "add_only": {"outputs": False, "rules": 0, "gates": False},
+    "high": {"precision": "high", "own_readers": True},
+    "high_residual": {"precision": "high", "residual": True, "gates": False},
+    "bf16_scores": {"scores_dtype": torch.bfloat16},
 }
 """What a call does, as options of :func:`make`."""
 
@@ -37,6 +41,8 @@ class Case:
     residual: Tensor | None = None
     scores: Tensor | None = None
     sqnorm: Tensor | None = None
+    readers: Tensor | None = None  # before they were rounded
+    precision: str = "fast"
     before: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,6 +76,8 @@ class Case:
             error = (self.scores.double().cpu() - scores).abs()
             assert not error.isnan().any(), "scores were not all written"
             allowed = noise * (magnitude + o.mean.double().cpu().abs()) * o.inv_std.double().cpu().abs()
+            if self.scores.dtype == torch.bfloat16:
+                allowed = 1.01 * allowed + torch.finfo(torch.bfloat16).eps / 2 * scores.abs()
             assert (error <= allowed).all(), f"scores are off by {(error / allowed).max():.2f} of what is allowed"
         if self.sqnorm is not None:
             error = (self.sqnorm.double().cpu() - sqnorm).abs()
@@ -85,6 +93,15 @@ class Case:
         error = (self.x.double().cpu() - x).abs()
         allowed = 0.505 * ulp + torch.finfo(torch.float32).eps * 20 * x.abs().amax(-1, keepdim=True) + drift
         assert (error <= allowed).all(), f"x is off by {(error / allowed).max():.2f} of what is allowed"
+
+    def lost(self) -> float:
+        """How far the scores are from those of readers that were never rounded, as a share of them."""
+        assert self.scores is not None
+        assert self.readers is not None
+        o = self.operands
+        stream = self.before.double().cpu() + (0 if self.residual is None else self.residual.double().cpu())
+        exact = (stream @ self.readers.double().T - o.mean.double().cpu()) * o.inv_std.double().cpu()
+        return float((self.scores.double().cpu() - exact).norm() / exact.norm())
 
     def rule_gain(self) -> float:
         """How much an error in a projection can grow in x: the norm of the rules' solution."""
@@ -122,6 +139,8 @@ def make(
     rules: int = 3,
     gates: bool = True,
     outputs: bool = True,
+    precision: str = "fast",
+    scores_dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Case:
     g = torch.Generator().manual_seed(seed)
@@ -135,18 +154,28 @@ def make(
     readers = unit(directions + 0.3 * torch.randn(concepts, width, generator=g) / math.sqrt(width)) if own_readers else directions
     mean = torch.randn(concepts, generator=g)
     std = 0.5 + torch.rand(concepts, generator=g)
-    operands = ops.Operands.build(readers, directions, mean, std, device=device, dtype=dtype)
-    case = Case(x, operands)
+    operands = ops.Operands.build(readers, directions, mean, std, device=device, dtype=dtype, precision=precision)
+    case = Case(x, operands, readers=readers, precision=precision)
     if residual:
         case.residual = torch.randn(tokens, width, generator=g).to(dtype).to(device)
     if outputs:
-        case.scores = torch.full((tokens, concepts + 5), math.nan, device=device)[:, :concepts]
+        case.scores = torch.full((tokens, concepts + 5), math.nan, dtype=scores_dtype, device=device)[:, :concepts]
         case.sqnorm = torch.full((tokens,), math.nan, device=device)
     if steer:
         rows = [make_row(width, concepts, rules, gates, g) for _ in range(4)]
         case.table = ops.Table.build(rows, operands)
         case.row = torch.randint(-1, 4, (tokens,), generator=g, dtype=torch.int32).to(device)
     return case
+
+
+def gpu_readers(case: Case) -> Tensor:
+    """A CPU case's readers as they are packed for a GPU; the case is held against these then."""
+    readers = case.operands.readers_unpacked()
+    rounded, rest = (pad(part, (0, 0, 0, -len(readers) % ops.LANES)) for part in ops.split(readers, case.x.dtype))
+    if case.precision == "fast" or case.x.dtype == torch.float32:
+        return rounded
+    case.operands = replace(case.operands, readers=ops.pack((rounded.float() + rest.float())[: len(readers)]))
+    return torch.stack([rounded, rest])
 
 
 def make_row(width: int, concepts: int, rules: int, gates: bool, g: torch.Generator) -> ops.Row:

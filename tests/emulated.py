@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPES, Case
+from cases import DTYPES, Case, gpu_readers
 
 ROOT = Path(__file__).parent.parent
 SHARED = 227 * 1024  # bytes a block can have on sm_90
@@ -30,7 +30,7 @@ class _Args(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("n", "d", "k", "k_padded")),
-        *((name, ctypes.c_int32) for name in ("dtype", "reader_dtype")),
+        *((name, ctypes.c_int32) for name in ("dtype", "reader_dtype", "reader_parts", "scores_dtype")),
         ("x", ctypes.c_void_p),
         ("x_stride", ctypes.c_int64),
         ("residual", ctypes.c_void_p),
@@ -85,12 +85,11 @@ def build() -> Callable[..., int]:
         sliced: bool = False,
         eager: bool = False,
     ) -> int:
-        o = case.operands
+        readers, o = gpu_readers(case), case.operands
         concepts, width = o.directions.shape
-        readers = torch.zeros(concepts + -concepts % 16, width, dtype=case.x.dtype)  # as they are packed for a GPU
-        readers[:concepts] = o.readers_unpacked().to(case.x.dtype)
-        a = _Args(n=len(case.x), d=width, k=concepts, k_padded=len(readers), x_stride=case.x.stride(0), x=case.x.data_ptr())
+        a = _Args(n=len(case.x), d=width, k=concepts, k_padded=readers.shape[-2], x_stride=case.x.stride(0), x=case.x.data_ptr())
         a.dtype = a.reader_dtype = DTYPES.index(case.x.dtype)
+        a.reader_parts = len(readers) if readers.dim() == 3 else 1
         a.readers, a.directions = readers.data_ptr(), o.directions.data_ptr()
         a.mean, a.inv_std = o.mean.data_ptr(), o.inv_std.data_ptr()
         if case.residual is not None:
@@ -102,7 +101,7 @@ def build() -> Callable[..., int]:
                 setattr(a.table, name, tensor.data_ptr())
             a.table.rows, a.table.rules = case.table.rule_concept.shape
         if case.scores is not None:
-            a.scores, a.scores_stride = case.scores.data_ptr(), case.scores.stride(0)
+            a.scores, a.scores_stride, a.scores_dtype = case.scores.data_ptr(), case.scores.stride(0), DTYPES.index(case.scores.dtype)
         if case.sqnorm is not None:
             a.sqnorm = case.sqnorm.data_ptr()
         kernel = STREAM + stream.bit_length() - 1 if stream else DECODE if cluster else SLICED if sliced else PORTABLE

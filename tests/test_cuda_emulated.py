@@ -26,6 +26,8 @@ MODES = {
     "strided": {"strided": True, "own_readers": True},
     "steer_only": {"outputs": False},
     "add_only": {"rules": 0, "gates": False, "outputs": False},
+    "high": {"precision": "high", "residual": True},
+    "bf16_scores": {"scores_dtype": torch.bfloat16},
 }
 
 

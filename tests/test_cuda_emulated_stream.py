@@ -19,6 +19,7 @@ MODES = {
     "strided": {"strided": True, "own_readers": True, "residual": True},
     "steer_only": {"outputs": False},
     "add_only": {"rules": 0, "gates": False, "outputs": False},
+    "bf16_scores": {"scores_dtype": torch.bfloat16},
 }
 
 

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPES, MODES, Case, correlated, make, same_bits
-from torch.nn.functional import pad
+from cases import DTYPES, MODES, Case, correlated, gpu_readers, make, same_bits
 
 from emovec import _host, ops
 
@@ -82,9 +81,8 @@ def test_in_the_interpreter_at_length() -> None:
 
 def run(case: Case) -> None:
     operands = case.operands
-    if INTERPRETED:  # the CPU's readers are packed in panels, the kernel's are [KP, d]
-        readers = operands.readers_unpacked().to(case.x.dtype)
-        operands = dataclasses.replace(operands, readers=pad(readers, (0, 0, 0, -len(readers) % ops.LANES)))
+    if INTERPRETED:  # the CPU's readers are packed in panels
+        operands = dataclasses.replace(operands, readers=gpu_readers(case))
     backend.apply_(case.x, operands, case.table, case.row, residual=case.residual, scores=case.scores, sqnorm=case.sqnorm)
 
 

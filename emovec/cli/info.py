@@ -34,6 +34,7 @@ def info(
     ] = None,
     mode: Annotated[str, typer.Option(help="read, add or rules, for the plan.")] = "add",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16, for the plan.")] = "bf16",
+    precision: Annotated[str, typer.Option(help="fast or high: readers that are not rounded to the dtype, for the plan.")] = "fast",
     json: JsonOption = False,
 ) -> None:
     """Backends, processor features, shipped banks, and the plan for each shape."""
@@ -41,7 +42,7 @@ def info(
         raise typer.BadParameter(f"N and d must be at least 1, got {plan[0]} {plan[1]}", param_hint="--plan")
     here = ["cpu"] + (["cuda"] if has_cuda() and torch.cuda.is_available() else [])
     every = here + (list(DEVICES) if plan and has_cuda() and plan[1] % 8 == 0 else [])
-    call: dict[str, Any] = {"concepts": concepts, "dtype": dtype_of(dtype), "mode": mode}
+    call: dict[str, Any] = {"concepts": concepts, "dtype": dtype_of(dtype), "mode": mode, "precision": precision}
     try:
         plans = [plan_of(n, d, **call, device=on) for n, d in ([plan] if plan else SHAPES) for on in device or every]
     except ValueError as error:
@@ -54,7 +55,7 @@ def info(
         if isinstance(value, dict):
             value = ", ".join(f"{name} {said}" for name, said in value.items())
         out.print(f"[bold]{key}[/]: {value}", soft_wrap=True)
-    said = f"{dtype}, {concepts} concepts, {mode}"
+    said = f"{dtype}, {concepts} concepts, {mode}" + ("" if precision == "fast" else f", {precision} precision")
     if plan:
         how = ("kernel", "tile", "blocks", "launches")
         _print(f"{plan[0]} x {plan[1]}, {said}", plans, ("device", *how, "MB at least", "MB moved", "Mflop"))

@@ -163,7 +163,7 @@ void copy(const bf16* x, int64_t x_stride, int64_t tokens, int64_t columns, bf16
 
 void project_amx(const ev_args* args, ev_range tokens, ev_range concepts, float* p, int64_t p_stride, float* sq, const float* const* adds) {
   const ev_args& a = *args;
-  if (a.dtype != EV_BF16 || a.d % EV_AMX_STEP != 0 || concepts.begin == concepts.end)
+  if (a.dtype != EV_BF16 || a.reader_dtype != EV_BF16 || a.d % EV_AMX_STEP != 0 || concepts.begin == concepts.end)
     return ev_form_avx512_bf16.project(args, tokens, concepts, p, p_stride, sq, adds);
   const int64_t panel = a.d / 2 * EV_LANES, panels = (concepts.end - concepts.begin) / EV_LANES;
   const Panels<uint32_t> v{static_cast<const uint32_t*>(a.readers) + concepts.begin / EV_LANES * panel, panel};

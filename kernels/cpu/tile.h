@@ -267,19 +267,22 @@ void steer(const ev_args& a, int64_t token, const float* p) {
   update<Isa, T>(a, static_cast<T*>(a.x) + token * a.x_stride, a.table.delta + j * a.d, vectors, c, count);
 }
 
+// A token's scores, rounded once to the dtype they are kept in.
+template <class Isa, class T>
+void write_scores(const ev_args& a, const float* p, T* scores) {
+  using V = Vec<Isa::W>;
+  int64_t k = 0;
+  for (; k + Isa::W <= a.k; k += Isa::W) V::store(scores + k, (V::load(p + k) - V::load(a.mean + k)) * V::load(a.inv_std + k));
+  for (; k < a.k; ++k) narrow(ev_score(p[k], a.mean[k], a.inv_std[k]), scores[k]);
+}
+
 template <class Isa>
 void finish(const ev_args* args, ev_range tokens, const float* p, int64_t p_stride, const float* sq, const float* const* adds) {
-  using V = Vec<Isa::W>;
   const ev_args& a = *args;
   for (int64_t t = tokens.begin; t < tokens.end; ++t, p += p_stride) {
     if (a.sqnorm) a.sqnorm[t] = sq[t - tokens.begin];
-    if (a.scores) {
-      float* scores = a.scores + t * a.scores_stride;
-      int64_t k = 0;
-      for (; k + Isa::W <= a.k; k += Isa::W)
-        V::store(scores + k, (V::load(p + k) - V::load(a.mean + k)) * V::load(a.inv_std + k));
-      for (; k < a.k; ++k) scores[k] = ev_score(p[k], a.mean[k], a.inv_std[k]);
-    }
+    if (a.scores && a.scores_dtype == EV_F32) write_scores<Isa>(a, p, static_cast<float*>(a.scores) + t * a.scores_stride);
+    if (a.scores && a.scores_dtype == EV_BF16) write_scores<Isa>(a, p, static_cast<bf16*>(a.scores) + t * a.scores_stride);
     if (!a.table.delta || (adds && adds[t - tokens.begin])) continue;
     if (a.dtype == EV_F32) steer<Isa, float>(a, t, p);
     if (a.dtype == EV_BF16) steer<Isa, bf16>(a, t, p);

@@ -51,7 +51,7 @@ inline bool place(DecodeLayout& layout, const ev_args& a, int chunk, int slots, 
 // rings of small ones. No ranks where nothing fits.
 inline DecodeLayout layout_for(const ev_args& a, const Device& device) {
   const bool aligned = is_aligned(a.x, a.x_stride * kSize) && is_aligned(a.residual, a.residual_stride * kSize) && is_aligned(a.readers);
-  if (a.dtype == EV_F32 || a.k_padded > kReaderWarps * kReaderRows || !aligned) return {};
+  if (a.dtype == EV_F32 || a.reader_parts > 1 || a.k_padded > kReaderWarps * kReaderRows || !aligned) return {};
   DecodeLayout layout{};
   for (int ranks = device.cluster; ranks >= kSmallestCluster; ranks /= 2) {
     if (a.d % (ranks * kStep) || a.d / ranks < kSmallestSlice) continue;

@@ -194,7 +194,7 @@ class Decode {
       const bool is_score = k < a.k && a.scores, is_square = k == a.k_padded && a.sqnorm;
       if (t >= count || !(is_score || is_square)) continue;
       const float sum = Projections{partial + t * layout.pitch, layout.ranks}[k];
-      if (is_score) a.scores[(first + t) * a.scores_stride + k] = ev_score(sum, scale.x, scale.y);
+      if (is_score) write_score(a, first + t, k, ev_score(sum, scale.x, scale.y));
       else a.sqnorm[first + t] = sum;
     }
   }

@@ -9,6 +9,8 @@
 // Where tiles are few, slices of kSliceStages stages are projected by a block each (the "sliced" form): they leave their parts of
 // the projections in a workspace, and a second kernel adds those up in the order of the slices and goes on from there.
 //
+// Readers in two parts take two steps for each stage of columns: one with what rounding took from them, one with the readers.
+//
 // A projection is summed in the same order whatever the tile: over the columns (of a slice) in fp32, of partial sums over the 128
 // bytes of a stage. The partial sums are short because tensor cores truncate what they add.
 #include <cuda_runtime.h>
@@ -46,7 +48,10 @@ __device__ __forceinline__ void write_scores(const ev_args& a, int64_t first, in
         for (int half = 0; half < 2; ++half) {
           const int t = token + m * 16 + half * 8;
           const float p = acc[m][n][half * 2 + side];
-          if (!SLICED && a.scores && t < count) a.scores[(first + t) * a.scores_stride + k] = ev_score(p, mean, inv_std);
+          if (!SLICED && a.scores && t < count) {
+            if constexpr (S::kScoresInFp32) write_score<float>(a, first + t, k, ev_score(p, mean, inv_std));
+            else write_score(a, first + t, k, ev_score(p, mean, inv_std));
+          }
           if (kept && (!SLICED || t < count)) kept[t * pitch + k] = p;
         }
       }
@@ -120,7 +125,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish(const __grid_constant__
       a.sqnorm[first + t] = sum;
     } else {
       projections[i] = sum;
-      if (a.scores) a.scores[(first + t) * a.scores_stride + k] = ev_score(sum, a.mean[k], a.inv_std[k]);
+      if (a.scores) write_score(a, first + t, k, ev_score(sum, a.mean[k], a.inv_std[k]));
     }
   }
   if (!waits) return;
@@ -172,7 +177,7 @@ void consider(Choice& best, const ev_args& a, const Device& device) {
   const Layout layout = layout_for<T, MW, MT>(a, device.shared_bytes, SLICED);
   if (layout.stages == 0) return;
   const int64_t blocks = tiles_of<T, MW, MT>(a) * (SLICED ? slices_of(a) : 1);
-  const int64_t stages = SLICED ? static_cast<int64_t>(kSliceStages) : (a.d + S::kColumns - 1) / S::kColumns;
+  const int64_t stages = (SLICED ? static_cast<int64_t>(kSliceStages) : (a.d + S::kColumns - 1) / S::kColumns) * a.reader_parts;
   const int64_t cost = (blocks + device.multiprocessors - 1) / device.multiprocessors * (S::kTokens + S::kConcepts) * stages;
   if (!best.launch || cost < best.cost) best = {launch_tile<T, MW, MT, SLICED>, layout, cost, S::kTokens, S::kConcepts, blocks};
 }
@@ -183,7 +188,9 @@ Choice choose(const ev_args& a, const Device& device) {
   consider<T, 1, 1, SLICED>(best, a, device);
   if constexpr (sizeof(T) == 2) {
     consider<T, 4, 1, SLICED>(best, a, device);
-    if constexpr (!SLICED) consider<T, 4, 2, false>(best, a, device);  // its registers are all in use
+    if constexpr (!SLICED) {  // its registers are all in use
+      if (!a.scores || a.scores_dtype == EV_F32) consider<T, 4, 2, false>(best, a, device);
+    }
   } else {
     consider<T, 2, 1, SLICED>(best, a, device);  // its operands take twice the registers
   }
@@ -203,7 +210,7 @@ template <bool SLICED>
 ev_cuda_plan plan(const ev_args& a, const Choice& choice) {
   if (!choice.launch || (SLICED && (slices_of(a) <= 1 || slices_of(a) > 65535))) return {EV_NO_KERNEL};
   const bool rules = a.table.delta && a.table.rules > 0;
-  const int64_t passes = a.scores || rules ? (a.k + choice.concepts - 1) / choice.concepts : a.sqnorm ? 1 : 0;
+  const int64_t passes = a.scores || rules ? (a.k + choice.concepts - 1) / choice.concepts * a.reader_parts : a.sqnorm ? 1 : 0;
   const int64_t again = rules || (a.table.delta && passes == 0) ? 1 : 0, workspace = SLICED ? slices_of(a) * a.n * pitch_of(a) : 0;
   return {SLICED ? EV_CUDA_SLICED : EV_CUDA_PORTABLE, choice.tokens, choice.blocks, SLICED ? 2 : 1, workspace, passes, again};
 }

@@ -27,6 +27,7 @@ struct Tile {
     kColumns = kStageBytes / static_cast<int>(sizeof(T)),
     kVectors = kTokens * kStageBytes / 16,  // 16-byte vectors of x in a stage
     kVectorsPerThread = (kVectors + kThreads - 1) / kThreads,
+    kScoresInFp32 = MT > 1,  // alone: the largest tile has no register left for a choice
   };
 };
 
@@ -133,17 +134,19 @@ __device__ __forceinline__ void pass(const ev_args& a, const Layout& layout, cha
                                      float (&square)[Tile<T, MW, MT>::kVectorsPerThread], bool streams, bool adds) {
   using S = Tile<T, MW, MT>;
   const Rows<T> x(a.x, a.x_stride), residual(a.residual, a.residual_stride), readers(a.readers, a.d);
-  const int all_steps = static_cast<int>((a.d + S::kColumns - 1) / S::kColumns), begin = SLICED ? static_cast<int>(blockIdx.y) * kSliceStages : 0;
-  const int end = SLICED && begin + kSliceStages < all_steps ? begin + kSliceStages : all_steps;
+  const int twice = concepts > 0 && a.reader_parts > 1, slice_steps = kSliceStages << twice;  // a stage's columns come twice
+  const int all_steps = static_cast<int>((a.d + S::kColumns - 1) / S::kColumns) << twice, begin = SLICED ? static_cast<int>(blockIdx.y) * slice_steps : 0;
+  const int end = SLICED && begin + slice_steps < all_steps ? begin + slice_steps : all_steps;
+  const auto comes_again = [&](int step) { return (step & twice) != twice; };  // the lesser part of the readers is first
   const int readers_at = S::kTokens * kStageBytes, residual_at = readers_at + S::kConcepts * kStageBytes;
 
   const auto bring = [&](int step) {
     if (step < end) {
       char* stage = ring + step % layout.stages * layout.stage_bytes;
-      const int64_t column = static_cast<int64_t>(step) * S::kColumns;
+      const int64_t column = static_cast<int64_t>(step >> twice) * S::kColumns;
       fetch<S::kTokens>(stage, x, first, count, column, a.d);
       if (a.residual) fetch<S::kTokens>(stage + residual_at, residual, first, count, column, a.d);
-      fetch<S::kConcepts>(stage + readers_at, readers, concept, concepts, column, a.d);
+      fetch<S::kConcepts>(stage + readers_at, readers, comes_again(step) ? concept + a.k_padded : concept, concepts, column, a.d);
     }
     commit_group();  // empty ones too, so that the count of groups tells which have landed
   };
@@ -160,8 +163,8 @@ __device__ __forceinline__ void pass(const ev_args& a, const Layout& layout, cha
 #pragma unroll 1
     for (const char* source = stage; concepts > 0 && source; source = a.residual && source == stage ? stage + residual_at : nullptr)
       multiply_stage<T, MW, MT>(acc, source, stage + readers_at);
-    if (!streams) continue;
-    stream_stage<T, MW, MT>(a, first, add, stage, a.residual ? stage + residual_at : nullptr, static_cast<int64_t>(step) * S::kColumns, square, adds);
+    if (!streams || comes_again(step)) continue;
+    stream_stage<T, MW, MT>(a, first, add, stage, a.residual ? stage + residual_at : nullptr, static_cast<int64_t>(step >> twice) * S::kColumns, square, adds);
   }
   __syncthreads();
 }

@@ -1,4 +1,4 @@
-// Which tokens of a tile are steered how, and the writing of those that had to wait for their projections.
+// Which tokens of a tile are steered how, the writing of those that had to wait for their projections, and of scores.
 #pragma once
 #include "../common/steer.h"
 #include "hardware.cuh"
@@ -47,6 +47,15 @@ template <int TOKENS>
 __device__ __forceinline__ void decide(const ev_args& a, int64_t first, Tokens<TOKENS>& tokens, const float* p, int pitch, float* coefficients) {
   const int t = static_cast<int>(threadIdx.x);
   if (t < TOKENS) decide_token(a, first, t, tokens, p + t * pitch, coefficients + t * EV_MAX_RULES);
+}
+
+// A token's score of concept k to where it belongs, rounded once to what scores are kept in.
+template <class Score>
+__device__ __forceinline__ void write_score(const ev_args& a, int64_t token, int64_t k, float score) {
+  static_cast<Score*>(a.scores)[token * a.scores_stride + k] = static_cast<Score>(score);
+}
+__device__ __forceinline__ void write_score(const ev_args& a, int64_t token, int64_t k, float score) {
+  a.scores_dtype == EV_F32 ? write_score<float>(a, token, k, score) : write_score<__nv_bfloat16>(a, token, k, score);
 }
 
 // A vector of a token's columns to steer by row j: x += delta_j + sum_m c_m v_m, rounded once; j < 0: left alone. c null: no rules.

@@ -246,7 +246,7 @@ class Stream : StreamPass {
       const float mean = fixed().mean[k], inv_std = fixed().inv_std[k];
 #pragma unroll 4
       for (int t = begin; t < end; t += kStreamers + kProducts)
-        a.scores[(first() + t) * a.scores_stride + k] = ev_score(projections()[t * kPitch + k], mean, inv_std);
+        write_score(a, first() + t, k, ev_score(projections()[t * kPitch + k], mean, inv_std));
     }
   }
 };
@@ -281,7 +281,7 @@ bool can_bring(const ev_args& a, const void* first, int64_t stride) {
 
 ev_cuda_plan plan_stream_sm90(const ev_args& a, const Device& device, int log_ranks) {
   const StreamCut cut = stream_cut(a, 1 << log_ranks, device.shared_bytes);
-  const bool runs = device.stream_clusters[log_ranks] > 0 && a.dtype != EV_F32 && a.reader_dtype == a.dtype && a.k_padded <= kProductConcepts &&
+  const bool runs = device.stream_clusters[log_ranks] > 0 && a.dtype != EV_F32 && a.reader_parts == 1 && a.k_padded <= kProductConcepts &&
                     a.d >= kColumns && a.d < 1 << 30 && a.n < 1 << 30 && cut.token_stages > 0 && can_bring(a, a.x, a.x_stride) &&
                     (!a.residual || can_bring(a, a.residual, a.residual_stride)) && is_aligned(a.readers) && is_aligned(a.directions) &&
                     is_aligned(a.table.delta);

@@ -51,8 +51,13 @@ def tile_for(architecture: str, itemsize: int) -> Tile:
 
 
 @cache
-def constants(architecture: str, dtype: torch.dtype, width: int, concepts: int, rules: int, unit: int) -> dict[str, int | str]:
-    """What the kernel is compiled with: its constants by name, and Triton's ``num_warps`` and ``num_stages``."""
+def constants(
+    architecture: str, dtype: torch.dtype, width: int, concepts: int, rules: int, unit: int, high: bool = False
+) -> dict[str, int | str]:
+    """What the kernel is compiled with: its constants by name, and Triton's ``num_warps`` and ``num_stages``.
+
+    high: readers come in two parts, so a stage is larger and there is one less.
+    """
     tile = tile_for(architecture, dtype.itemsize)
     first = min(128, max(16, 1 << concepts.bit_length() - 1))
     return {
@@ -64,12 +69,13 @@ def constants(architecture: str, dtype: torch.dtype, width: int, concepts: int, 
         # NVIDIA multiplies fp32 on tensor cores as TF32 only; three such products have fp32's precision.
         "PRECISION": "tf32x3" if dtype == torch.float32 and architecture.startswith("sm_") else "ieee",
         "ASYNC": architecture.startswith(("sm_9", "sm_10")),
+        "HIGH": high,
         "BM": tile.tokens,
         "BD": tile.columns,
         "K0": first,
         "K1": min(64, max(16, triton.next_power_of_2(concepts - first))),
         "num_warps": tile.warps,
-        "num_stages": tile.stages,
+        "num_stages": max(2, tile.stages - 1) if high else tile.stages,
     }
 
 
@@ -120,7 +126,7 @@ def launch(
     sqnorm: Tensor | None = None,
     form: int = 0,
 ) -> None:
-    """``torch.ops.emovec.apply_`` with readers packed for a GPU (``[KP, d]``). Allocates nothing, does not synchronise.
+    """``torch.ops.emovec.apply_`` with readers packed for a GPU (``[KP, d]``, or ``[2, KP, d]``). Allocates nothing, does not synchronise.
 
     The first call of each combination of d, K, M, dtype and given arguments compiles; make it before a graph is captured.
 
@@ -136,11 +142,14 @@ def launch(
     concepts = directions.shape[0]
     _require(1 <= concepts <= MAX_CONCEPTS, f"a layer holds 1 to {MAX_CONCEPTS} concepts, got {concepts}")
     _check(x, "directions", directions, x.dtype, concepts, width)
-    _check(x, "readers", readers, x.dtype, concepts + -concepts % LANES, width)
+    high = readers.dim() == 3 and x.dtype != torch.float32
+    _check(x, "readers", readers, x.dtype, *([2] if high else []), concepts + -concepts % LANES, width)
     _check(x, "mean", mean, torch.float32, concepts)
     _check(x, "inv_std", inv_std, torch.float32, concepts)
     _require(concepts * width < OFFSETS, f"d = {width} is too wide for {concepts} concepts")
     architecture = architecture_of(x.device)
+    small = high and x.dtype == torch.float16 and architecture == "gfx90a"
+    _require(not small, 'precision="high" in float16 needs numbers that the matrix units of gfx90a take as zero; use bfloat16')
     tile = tile_for(architecture, x.itemsize)
     x_stride = _pitch("x", x, tile)
     _require(x_stride >= width, f"the rows of x overlap, their stride is {x_stride} for d = {width}")
@@ -149,7 +158,8 @@ def launch(
         _check(x, "residual", residual, x.dtype, tokens, width, contiguous=False)
         residual_stride = _pitch("residual", residual, tile)
     if scores is not None:
-        _check(x, "scores", scores, torch.float32, tokens, concepts, contiguous=False)
+        _require(scores.dtype in (torch.float32, torch.bfloat16), f"scores must be float32 or bfloat16, got {scores.dtype}")
+        _check(x, "scores", scores, scores.dtype, tokens, concepts, contiguous=False)
         scores_stride = _pitch("scores", scores, tile)
     if sqnorm is not None:
         _check(x, "sqnorm", sqnorm, torch.float32, tokens)
@@ -170,7 +180,7 @@ def launch(
             x, residual, readers, directions, mean, inv_std, row,
             delta, gate, gate_threshold, rule_concept, rule_bounds, rule_solve, scores, sqnorm,
             tokens, rows, x_stride // unit, residual_stride // unit, scores_stride,
-            **constants(architecture, x.dtype, width, concepts, rules, unit),
+            **constants(architecture, x.dtype, width, concepts, rules, unit, high),
         )  # fmt: skip
 
 

@@ -30,7 +30,8 @@ def write_scores(scores_row, acc, mean_ptr, inv_std_ptr, valid, first, CONCEPTS:
     known = concept < CONCEPTS
     mean = tl.load(mean_ptr + concept, mask=known, other=0.0)
     inv_std = tl.load(inv_std_ptr + concept, mask=known, other=0.0)
-    tl.store(scores_row + concept[None, :], (acc - mean[None, :]) * inv_std[None, :], mask=valid[:, None] & known[None, :])
+    score = (acc - mean[None, :]) * inv_std[None, :]
+    tl.store(scores_row + concept[None, :], score.to(scores_row.dtype.element_ty), mask=valid[:, None] & known[None, :])
 
 
 @triton.jit
@@ -87,12 +88,13 @@ def apply_kernel(
     delta_ptr, gate_ptr, threshold_ptr, concept_ptr, bounds_ptr, solve_ptr, scores_ptr, sqnorm_ptr,
     tokens, rows, x_stride, residual_stride, scores_stride,
     WIDTH: tl.constexpr, CONCEPTS: tl.constexpr, RULES: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    ASYNC: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+    ASYNC: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
 ):  # fmt: skip
     """The op's arguments; a pointer that is None was not given. SLOTS is RULES rounded up to a power of two.
 
     The strides of x and residual are in units of UNIT elements, so that the compiler knows how rows are aligned.
     ASYNC: products run beside the program and read shared memory, as on sm_90 and sm_100.
+    HIGH: readers are [2, KP, d], what rounding took from them after them.
     """
     STEER: tl.constexpr = delta_ptr is not None
     READ: tl.constexpr = scores_ptr is not None or sqnorm_ptr is not None
@@ -111,6 +113,7 @@ def apply_kernel(
         there = tl.full((BM,), 1, tl.int1)
         near = tl.minimum(local, (tl.minimum(tokens - base, BM) - 1).to(tl.int32))
     x_off = near[:, None] * (x_stride * UNIT)
+    rest_ptr = readers_ptr + (CONCEPTS + 15) // 16 * 16 * WIDTH
     column = tl.arange(0, BD)
     slot = tl.arange(0, SLOTS)
 
@@ -150,6 +153,9 @@ def apply_kernel(
             x = tl.load(x_tile + (x_off + at[None, :]), mask=inside, other=0.0)
             v0 = tl.load(readers_ptr + concept0[:, None] * WIDTH + at[None, :], mask=known0, other=0.0)
             v1 = tl.load(readers_ptr + concept1[:, None] * WIDTH + at[None, :], mask=known1, other=0.0)
+            if HIGH:
+                rest0 = tl.load(rest_ptr + concept0[:, None] * WIDTH + at[None, :], mask=known0, other=0.0)
+                rest1 = tl.load(rest_ptr + concept1[:, None] * WIDTH + at[None, :], mask=known1, other=0.0)
             if STEER and READ:
                 write = inside & streamed[:, None] & (first + K0 + K1 >= CONCEPTS)
                 delta = tl.load(delta_ptr + row[:, None] * WIDTH + at[None, :], mask=write, other=0.0)
@@ -161,6 +167,9 @@ def apply_kernel(
                 h += residual.to(tl.float32)
                 if SHARED:
                     residual = tl.where(valid[:, None], residual, 0.0).to(residual.dtype)
+                if HIGH:
+                    acc0 = tl.dot(residual, rest0.T, acc0)
+                    acc1 = tl.dot(residual, rest1.T, acc1)
                 if not WIDE:  # <x + residual, v> as two products of 16-bit numbers: the sum may need more than 16 bits
                     acc0 = tl.dot(residual, v0.T, acc0)
                     acc1 = tl.dot(residual, v1.T, acc1)
@@ -169,6 +178,9 @@ def apply_kernel(
                 factor = tl.where(valid[:, None], x, 0.0).to(x.dtype)
             if sqnorm_ptr is not None:
                 square += tl.sum(h * h, 1)
+            if HIGH:
+                acc0 = tl.dot(factor, rest0.T, acc0)
+                acc1 = tl.dot(factor, rest1.T, acc1)
             acc0 = tl.dot(factor, v0.T, acc0, input_precision=PRECISION)
             acc1 = tl.dot(factor, v1.T, acc1, input_precision=PRECISION)
         if scores_ptr is not None:
