@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 from cases import DTYPES, Case, gpu_readers
 
 ROOT = Path(__file__).parent.parent

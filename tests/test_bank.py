@@ -122,6 +122,11 @@ def test_operands_score_in_baseline_units_and_are_kept(readers: bool) -> None:
         assert layer.operands("cpu", torch.float32, kind) is operands
     assert layer.operands("cpu", torch.bfloat16) is not layer.operands("cpu", torch.float32)
     assert layer.operands("cpu", torch.float32) is layer.operands("cpu", torch.float32, "prompt")
+    high = layer.operands("cpu", torch.bfloat16, precision="high")
+    assert high is layer.operands("cpu", torch.bfloat16, "prompt", "high")
+    assert torch.equal(high.readers_unpacked(), layer.directions if layer.readers is None else layer.readers)
+    with pytest.raises(ValueError, match="precision must be one of fast, high, got 'exact'"):
+        layer.operands("cpu", torch.bfloat16, precision="exact")
 
 
 def test_uncalibrated_scores_are_projections() -> None:

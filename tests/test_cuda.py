@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, MODES, Case, make, same_bits
+from cases import CLOSER, DTYPES, MODES, Case, make, same_bits
 
 from emovec import _host, ops
 
@@ -39,6 +39,8 @@ def forms(case: Case) -> list[str]:
     (tokens, width), concepts = case.x.shape, case.operands.directions.shape[0]
     if width * case.x.element_size() > 1024:
         runs.append("cuda_sliced")
+    if case.operands.readers.dim() == 3:  # high precision
+        return runs
     slices = any(width % (16 * blocks) == 0 and width // blocks >= 128 for blocks in (4, 8, 16))
     narrow = case.x.dtype != torch.float32 and concepts <= 256
     if "cuda_decode_sm90" in FORMS and torch.cuda.get_device_capability()[0] in (9, 10) and slices and narrow and tokens <= 2500:
@@ -87,6 +89,41 @@ def test_a_thousand_concepts_and_sixteen_rules(dtype: torch.dtype, tokens: int) 
     case = make(tokens, 256, 1024, dtype, seed=1, rules=16, device="cuda")
     case.run()
     case.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 4096, 171), (300, 1000, 177), (9000, 520, 171)], ids=lambda s: "x".join(map(str, s)))
+def test_high_scores_are_those_of_readers_that_were_not_rounded(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    for form in forms(make(*shape, dtype, seed=5, precision="high", device="cuda")):
+        fast, high = (make(*shape, dtype, seed=5, steer=False, precision=precision, device="cuda") for precision in ops.PRECISIONS)
+        for case in (fast, high):
+            case.run(number(form))
+        if dtype == torch.float32:
+            assert same_bits(high.scores, fast.scores)
+        else:
+            assert CLOSER * high.lost() < fast.lost()
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("cuda_portable", "cuda_sliced")])
+def test_other_forms_refuse_high_readers(form: str) -> None:
+    case = make(64, 4096, 171, torch.bfloat16, seed=5, precision="high", device="cuda")
+    with pytest.raises(RuntimeError, match=f'form {FORMS[form]} takes readers that are rounded.*precision="high"; forms 16 and 22'):
+        case.run(FORMS[form])
+    torch.cuda.synchronize()
+    assert same_bits(case.x, case.before)
+    assert case.scores.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 4096, 171), (64, 4096, 1), (300, 1000, 177), (9000, 520, 171)], ids=lambda s: "x".join(map(str, s)))
+def test_bf16_scores_are_fp32_scores_rounded_once(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    for form in forms(make(*shape, dtype, seed=6, device="cuda"))[1:]:  # by itself a call may take another tile, of the same bits
+        full, short = (make(*shape, dtype, seed=6, scores_dtype=kept, device="cuda") for kept in (torch.float32, torch.bfloat16))
+        for case in (full, short):
+            case.run(number(form))
+        assert same_bits(short.scores, full.scores.to(torch.bfloat16))
+        assert same_bits(short.x, full.x)
+        assert same_bits(short.sqnorm, full.sqnorm)
 
 
 def misaligned(case: Case, offset: int, gap: int) -> Case:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import emulated
 import pytest
 import torch
-from cases import DTYPES, Case, make, same_bits
+from cases import CLOSER, DTYPES, Case, make, same_bits
 
 MULTIPROCESSORS = {"small tiles": 132, "large tiles": 1}  # few of them make a call of 100 tokens take the largest tile
 
@@ -60,6 +60,41 @@ def test_slices_do_not_depend_on_the_batch(emulate: Callable[..., int]) -> None:
     assert same_bits(part.x, whole.x)
     assert same_bits(part.scores, whole.scores)
     assert same_bits(part.sqnorm, whole.sqnorm)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sliced", [False, True])
+def test_high_scores_are_those_of_readers_that_were_not_rounded(emulate: Callable[..., int], dtype: torch.dtype, sliced: bool) -> None:
+    fast, high = (make(20, 1064, 20, dtype, seed=5, steer=False, residual=sliced, precision=precision) for precision in ("fast", "high"))
+    assert emulate(fast, sliced=sliced) == emulate(high, sliced=sliced) == 0
+    if dtype == torch.float32:
+        assert same_bits(high.scores, fast.scores)
+    else:
+        assert CLOSER * high.lost() < fast.lost()
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_a_high_token_does_not_depend_on_the_tile(emulate: Callable[..., int], sliced: bool) -> None:
+    whole, part = (make(140, 648, 171, torch.bfloat16, seed=3, precision="high") for _ in range(2))
+    emulate(whole, 1, sliced=sliced)
+    for begin, end in [(0, 1), (1, 30), (30, 140)]:
+        scores, sqnorm = part.scores[begin:end], part.sqnorm[begin:end]
+        rows = Case(part.x[begin:end], part.operands, part.table, part.row[begin:end], None, scores, sqnorm, precision="high")
+        emulate(rows, 132, sliced=sliced)
+    assert same_bits(part.x, whole.x)
+    assert same_bits(part.scores, whole.scores)
+    assert same_bits(part.sqnorm, whole.sqnorm)
+
+
+@pytest.mark.parametrize(("multiprocessors", "sliced"), [(132, False), (1, False), (132, True)])
+def test_bf16_scores_are_fp32_scores_rounded_once(emulate: Callable[..., int], multiprocessors: int, sliced: bool) -> None:
+    for concepts in (1, 177):
+        full, short = (make(70, 648, concepts, torch.bfloat16, seed=6, scores_dtype=kept) for kept in (torch.float32, torch.bfloat16))
+        for case in (full, short):
+            assert emulate(case, multiprocessors, sliced=sliced) == 0
+        assert same_bits(short.scores, full.scores.to(torch.bfloat16))
+        assert same_bits(short.x, full.x)
+        assert same_bits(short.sqnorm, full.sqnorm)
 
 
 def test_one_slice_is_none(emulate: Callable[..., int]) -> None:

@@ -82,6 +82,7 @@ def test_what_it_cannot_run(emulate: Callable[..., int]) -> None:
     """The call is refused and nothing written; `auto` takes the portable kernel for these."""
     refused = [
         make(2, 512, 20, torch.float32, seed=6),
+        make(2, 512, 20, torch.bfloat16, seed=6, precision="high"),
         make(2, 256, 20, torch.bfloat16, seed=6),  # slices too narrow
         make(2, 1032, 20, torch.bfloat16, seed=6),  # slices not of whole steps
         make(2, 512, 257, torch.bfloat16, seed=6),
@@ -93,6 +94,13 @@ def test_what_it_cannot_run(emulate: Callable[..., int]) -> None:
         assert emulate(case, cluster=16) == emulated.NO_KERNEL
         assert same_bits(case.x, case.before)
         assert case.scores.isnan().all()
+
+
+def test_bf16_scores_are_fp32_scores_rounded_once(emulate: Callable[..., int]) -> None:
+    full, short = (make(20, 512, 171, torch.bfloat16, seed=6, scores_dtype=kept) for kept in (torch.float32, torch.bfloat16))
+    assert emulate(full, cluster=4) == emulate(short, cluster=4) == 0
+    assert same_bits(short.scores, full.scores.to(torch.bfloat16))
+    assert same_bits(short.x, full.x)
 
 
 def test_indices_out_of_range_leave_the_token_alone(emulate: Callable[..., int]) -> None:

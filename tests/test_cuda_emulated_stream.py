@@ -88,6 +88,7 @@ def test_what_it_cannot_run(emulate: Callable[..., int]) -> None:
     """The call is refused and nothing written; `auto` takes the portable kernel for these."""
     refused = [
         make(2, 512, 20, torch.float32, seed=6),
+        make(2, 512, 20, torch.bfloat16, seed=6, precision="high"),
         make(2, 56, 20, torch.bfloat16, seed=6),
         make(2, 512, 177, torch.bfloat16, seed=6),
     ]
@@ -101,6 +102,13 @@ def test_what_it_cannot_run(emulate: Callable[..., int]) -> None:
         assert same_bits(case.x, case.before)
         assert case.scores.isnan().all()
     assert emulate(good, stream=1, shared=100 * 1024) == emulated.NO_KERNEL
+
+
+def test_bf16_scores_are_fp32_scores_rounded_once(emulate: Callable[..., int]) -> None:
+    full, short = (make(20, 512, 171, torch.bfloat16, seed=6, scores_dtype=kept) for kept in (torch.float32, torch.bfloat16))
+    assert emulate(full, stream=2) == emulate(short, stream=2) == 0
+    assert same_bits(short.scores, full.scores.to(torch.bfloat16))
+    assert same_bits(short.x, full.x)
 
 
 def test_indices_out_of_range_leave_the_token_alone(emulate: Callable[..., int]) -> None:

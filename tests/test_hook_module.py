@@ -202,3 +202,25 @@ def test_a_list_that_does_not_fit_the_batch():
         with pytest.raises(ValueError, match=r"steer is a list of 3, which fits outputs \[3, tokens, d\]; got"):
             module()
     assert torch.equal(module.output, before.view(6, WIDTH))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_precision(dtype):
+    """By attach and by a Hook: high scores are those of the bank's own readers."""
+    model, bank, ids = tiny.fresh().to(dtype), tiny.bank(), tiny.tokens(2, 5)
+    with Streams(model) as streams, torch.no_grad():
+        model(ids)
+    expected = streams.scores(bank, 2, ["prompt"] * 5)
+    lost = {}
+    for precision in ("fast", "high"):
+        hook = Hook(bank, layer=2, precision=precision)
+        handle = model.model.layers[2].register_forward_hook(hook)
+        with attach(model, bank, precision=precision) as probe, torch.no_grad():
+            model(ids)
+        handle.remove()
+        attached = torch.stack([reading.at(2) for reading in probe])
+        assert torch.equal(attached.view(torch.int32), hook.scores.view(torch.int32))
+        lost[precision] = float((attached.double() - expected).norm() / expected.norm())
+    assert 100 * lost["high"] < lost["fast"]
+    with pytest.raises(ValueError, match="precision must be one of fast, high, got 'exact'"):
+        Hook(bank, precision="exact")

@@ -35,6 +35,7 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False}
         ({"steer": 0.3}, SteeringError, "steer must be an object"),
         ({"steer": "steady"}, SteeringError, "'steady' names a profile, but no profiles"),
         ({"steer": "stedy", "profiles": {"steady": CALM}}, SteeringError, "unknown profile 'stedy'; nearest known: steady"),
+        ({"precision": "exact"}, ValueError, "precision must be one of fast, high, got 'exact'"),
         ({"read": False}, ValueError, "nothing to do"),
         ({"read": False, "steer": {}}, ValueError, "nothing to do"),
     ],

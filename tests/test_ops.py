@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 from banks import run_examples
-from cases import DTYPES, MODES, Case, correlated, make, same_bits
+from cases import CLOSER, DTYPES, MODES, Case, correlated, make, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emovec import _host, ops
+from emovec import _host, ops, reference
 
 FORMS = {name: number for name, number in _host.kernels().items() if name.startswith("cpu_")}
 RUNNABLE = [name for name in FORMS if _host.runs(name)]
@@ -168,6 +168,62 @@ def test_rounding_is_to_nearest_even_and_keeps_nan_and_infinity(dtype: torch.dty
             assert x[~finite].isnan().all()
 
 
+@pytest.mark.parametrize("form", RUNNABLE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_high_scores_are_those_of_readers_that_were_not_rounded(form: str, dtype: torch.dtype) -> None:
+    for shape in [(9, 1000, 171), (70, 513, 17)]:
+        for residual in (False, True):
+            fast, high = (
+                make(*shape, dtype, seed=5, steer=False, own_readers=True, residual=residual, precision=precision)
+                for precision in ops.PRECISIONS
+            )
+            fast.run(FORMS[form])
+            high.run(FORMS[form])
+            if dtype == torch.float32:
+                assert same_bits(high.scores, fast.scores)
+            else:
+                assert CLOSER * high.lost() < fast.lost()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_high_rules_hold_on_readers_that_were_not_rounded(dtype: torch.dtype) -> None:
+    """What a rule asks for is found with the exact reader; it is carried out with the rounded direction."""
+    directions = torch.nn.functional.normalize(torch.full((1, 64), 1.0) + torch.linspace(-0.9, 0.9, 64), dim=1)
+    x = torch.full((1, 64), 64.0).to(dtype)
+    bound = float(x.double() @ directions[0].double()) + 1e-3  # which the exact projection is below, the rounded one above
+    assert bound < float(x.double() @ directions[0].to(dtype).double())
+    for precision in ops.PRECISIONS:
+        operands = ops.Operands.build(directions, directions, dtype=dtype, precision=precision)
+        steered = x.clone()
+        gate = ops.Gate(0, bound)
+        ops.apply_(steered, operands, ops.Table.build([ops.Row(torch.ones(64), gate=gate)], operands))
+        assert torch.equal(steered, x) == (precision == "high")
+
+
+@pytest.mark.parametrize("form", RUNNABLE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bf16_scores_are_fp32_scores_rounded_once(form: str, dtype: torch.dtype) -> None:
+    for concepts in (1, 15, 171, 177):
+        full, short = (make(21, 520, concepts, dtype, seed=6, scores_dtype=kept) for kept in (torch.float32, torch.bfloat16))
+        for case in (full, short):
+            case.operands.inv_std[0] = math.nan if concepts == 15 else case.operands.inv_std[0]
+            case.run(FORMS[form])
+        wanted = full.scores.to(torch.bfloat16)
+        known = ~wanted.isnan()
+        assert same_bits(short.scores[known], wanted[known])
+        assert short.scores[~known].isnan().all()
+        assert same_bits(short.x, full.x)
+        assert same_bits(short.sqnorm, full.sqnorm)
+
+
+def test_the_reference_rounds_bf16_scores_once() -> None:
+    full, short = (make(21, 520, 171, torch.float32, seed=6, steer=False, scores_dtype=kept) for kept in (torch.float32, torch.bfloat16))
+    for case in (full, short):
+        o = case.operands
+        reference.apply_(case.x, o.readers_unpacked(), o.directions, o.mean, o.inv_std, scores=case.scores)
+    assert same_bits(short.scores, full.scores.to(torch.bfloat16))
+
+
 # --- torch's own machinery ------------------------------------------------------------------------------------------
 
 
@@ -236,7 +292,8 @@ def test_refuses_what_does_not_fit() -> None:
     refuses(fresh(x=torch.zeros(1, 64, dtype=torch.bfloat16).expand(6, 64)), "overlap")
     refuses(fresh(residual=torch.zeros(5, 64, dtype=torch.bfloat16)), r"residual must be \[6, 64\], got \[5, 64\]")
     refuses(fresh(residual=torch.zeros(6, 64)), "residual must be bfloat16, got float32")
-    refuses(fresh(scores=torch.zeros(6, 9, dtype=torch.float64)), "scores must be float32, got float64")
+    refuses(fresh(scores=torch.zeros(6, 9, dtype=torch.float64)), "scores must be float32 or bfloat16, got float64")
+    refuses(fresh(scores=torch.zeros(6, 9, dtype=torch.float16)), "scores must be float32 or bfloat16, got float16")
     refuses(fresh(scores=torch.full((6, 10), math.nan)), r"scores must be \[6, 9\], got \[6, 10\]")
     refuses(fresh(sqnorm=torch.zeros(7)), r"sqnorm must be \[6\], got \[7\]")
     refuses(fresh(row=torch.zeros(6, dtype=torch.int64)), "row must be int32, got int64")
@@ -291,6 +348,8 @@ def test_operands_refuse_what_does_not_fit() -> None:
         ops.Operands.build(directions, directions[:4])
     with pytest.raises(ValueError, match="1025"):
         ops.Operands.build(torch.ones(1025, 8), torch.ones(1025, 8))
+    with pytest.raises(ValueError, match="precision must be one of fast, high, got 'exact'"):
+        ops.Operands.build(directions, directions, precision="exact")
     with pytest.raises(ValueError, match="positive"):
         ops.Operands.build(directions, directions, torch.zeros(5), torch.tensor([1.0, 1, 0, 1, 1]))
 
@@ -300,6 +359,18 @@ def test_operands_refuse_what_does_not_fit() -> None:
 def test_pack_round_trip(dtype: torch.dtype, width: int) -> None:
     readers = torch.randn(19, width).to(dtype)
     assert torch.equal(ops.unpack(ops.pack(readers), 19, width).to(dtype), readers)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_high_readers_round_trip(dtype: torch.dtype) -> None:
+    readers = correlated(19, 4096, torch.Generator().manual_seed(0))
+    assert torch.equal(ops.unpack(ops.pack_high(readers, dtype), 19, 4096), readers)
+    rounded, rest = ops.split(readers, dtype)
+    assert rounded.dtype == rest.dtype == dtype
+    whole = rounded.double() + rest.double()
+    assert torch.equal(whole.float().double(), whole), "fp32 holds the sum"
+    assert (whole - readers.double()).norm() <= 2**-16 * readers.norm()
+    assert ops.pack_high(readers.to("meta"), dtype).shape == ((32, 4096) if dtype == torch.float32 else (2, 32, 4096))
 
 
 def test_the_examples_in_the_documentation_run() -> None:

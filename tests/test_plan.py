@@ -38,6 +38,14 @@ def test_the_least_that_moves() -> None:
     assert Work(64, 4096, mode="rules", scores=False).bytes == 2 * x + readers + 4096 * 4
 
 
+def test_the_least_that_moves_in_high_precision() -> None:
+    x, scores = 64 * 4096 * 2, 64 * 172 * 4
+    for dtype in (torch.bfloat16, torch.float16):
+        assert Work(64, 4096, dtype=dtype, precision="high").bytes == x + 171 * 4096 * 4 + scores
+    assert Work(64, 4096, dtype=torch.float32, precision="high").bytes == Work(64, 4096, dtype=torch.float32).bytes
+    assert Work(64, 4096, precision="high").operations == Work(64, 4096).operations
+
+
 def test_the_floor_is_the_longer_of_both() -> None:
     work = Work(64, 4096, 300)
     assert work.operations == 2 * 64 * 4096 * 300
@@ -103,6 +111,23 @@ def test_the_kernel_of_a_gpu(device: str, kernel: str, make: Make) -> None:
 
 
 @cuda
+def test_high_precision_on_a_gpu() -> None:
+    """Two products for one, and every tile of x comes twice; no form that cannot run it."""
+    for tokens, kernel in ((1, "cuda_sliced"), (512, "cuda_sliced"), (16384, "cuda_portable")):
+        made, fast = (plan(tokens, 4096, precision=precision, device="h100") for precision in ("high", "fast"))
+        assert (made.kernel, made.parts, fast.parts) == (kernel, 2, 1)
+        assert made.operations == 2 * fast.operations
+        slices = made.blocks // -(-tokens // made.tile)
+        workspace = 2 * 4 * slices * tokens * (176 + 4) if slices > 1 else 0
+        assert made.moved == made.bytes + made.stream + workspace
+    wide = plan(64, 4096, dtype=torch.float32, precision="high", device="h100")
+    assert vars(wide) == vars(plan(64, 4096, dtype=torch.float32, device="h100")) | {"precision": "high"}
+    add = plan(64, 4096, mode="add", scores=False, precision="high", device="a100")
+    assert add.moved == add.bytes
+    assert plan(64, 4096, precision="high").parts == 1
+
+
+@cuda
 def test_what_a_kernel_moves_besides() -> None:
     """x again, to steer or for another pass over the concepts; the slices' projections out and in."""
     for mode, times in (("read", 0), ("add", 0), ("rules", 1)):
@@ -144,6 +169,7 @@ def test_the_plan_is_followed(tokens: int) -> None:
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
         ({"concepts": 1025}, "got 1025"),
         ({"rows": 0}, "got 0"),
+        ({"precision": "exact"}, "precision must be one of fast, high, got 'exact'"),
         ({"scores": False}, "no work"),
     ],
 )
@@ -208,6 +234,14 @@ def test_info_prints_them_as_json() -> None:
     assert set(answer["plans"][0]) == {field.name for field in fields(Plan)} | {"bytes", "operations"}
 
 
-@pytest.mark.parametrize(("option", "value"), [("--device", "tpu"), ("--mode", "steer"), ("--dtype", "int8")])
+@cuda
+def test_info_prints_the_precision() -> None:
+    said = info("--plan", "64", "4096", "--precision", "high", "--device", "h100")
+    assert "64 x 4096, bf16, 171 concepts, add, high precision" in said
+    assert plan(64, 4096, mode="add", precision="high", device="h100").kernel in said
+    assert "precision" not in info("--plan", "64", "4096", "--device", "h100")
+
+
+@pytest.mark.parametrize(("option", "value"), [("--precision", "exact"), ("--device", "tpu"), ("--mode", "steer"), ("--dtype", "int8")])
 def test_info_names_what_is_wrong(option: str, value: str) -> None:
     assert value in info("--plan", "1", "4096", option, value, code=2)

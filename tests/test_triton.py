@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPES, MODES, Case, correlated, gpu_readers, make, same_bits
+from cases import CLOSER, DTYPES, MODES, Case, correlated, gpu_readers, make, same_bits
 
 from emovec import _host, ops
 
@@ -50,6 +50,17 @@ if INTERPRETED:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch_index
+
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_to_nearest(self: object, src: object, dst_type: object) -> object:
+        """Triton 3.6 interprets fp32 to bf16 as a truncation; compiled it rounds to the nearest (test_triton_compiled.py)."""
+        if (src.dtype.scalar, dst_type.scalar) != (triton.language.float32, triton.language.bfloat16):
+            return cast(self, src, dst_type)
+        rounded = torch.from_numpy(src.data.copy()).to(torch.bfloat16).view(torch.int16).numpy().view("uint16")
+        return interpreter.TensorHandle(rounded, dst_type.scalar)
+
+    interpreter.InterpreterBuilder.cast_impl = cast_to_nearest
 
 
 # --- another process ------------------------------------------------------------------------------------------------
@@ -153,6 +164,34 @@ def test_a_token_does_not_depend_on_the_batch(dtype: torch.dtype) -> None:
         assert same_bits(part.sqnorm, whole.sqnorm[begin:end])
 
 
+@on_a_device
+@pytest.mark.parametrize("dtype", RUN_DTYPES[1:], ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+def test_high_scores_are_those_of_readers_that_were_not_rounded(dtype: torch.dtype, residual: bool) -> None:
+    options = {"seed": 5, "steer": False, "residual": residual, "device": DEVICE}
+    fast, high = (make(20, 520, 177, dtype, precision=precision, **options) for precision in ops.PRECISIONS)
+    run(fast)
+    run(high)
+    assert CLOSER * high.lost() < fast.lost()
+
+
+@on_a_device
+@pytest.mark.parametrize("dtype", RUN_DTYPES, ids=str)
+def test_bf16_scores_are_fp32_scores_rounded_once(dtype: torch.dtype) -> None:
+    full, short = (make(20, 136, 177, dtype, seed=6, scores_dtype=kept, device=DEVICE) for kept in (torch.float32, torch.bfloat16))
+    run(full)
+    run(short)
+    assert same_bits(short.scores, full.scores.to(torch.bfloat16))
+    assert same_bits(short.x, full.x)
+
+
+@on_a_device
+def test_a_gpu_that_takes_small_numbers_as_zero_is_no_silent_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "architecture_of", lambda device: "gfx90a")
+    with pytest.raises(ValueError, match="matrix units of gfx90a take as zero; use bfloat16"):
+        run(make(6, 64, 9, torch.float16, seed=10, precision="high", device=DEVICE))
+
+
 @on_a_gpu
 @pytest.mark.parametrize("dtype", RUN_DTYPES, ids=str)
 def test_runs_repeat_bit_for_bit(dtype: torch.dtype) -> None:
@@ -239,7 +278,7 @@ def test_refuses_what_does_not_fit() -> None:
     refuses("contiguous, its stride is 6", x=torch.zeros(64, 6, dtype=half, device=DEVICE).T)
     refuses("overlap, their stride is 0", x=torch.zeros(1, 64, dtype=half, device=DEVICE).expand(6, 64))
     refuses(r"residual must be \[6, 64\], got \[5, 64\]", residual=torch.zeros(5, 64, dtype=half))
-    refuses(r"scores must be torch.float32, got torch.float64", scores=torch.zeros(6, 9, dtype=torch.float64))
+    refuses(r"scores must be float32 or bfloat16, got torch.float64", scores=torch.zeros(6, 9, dtype=torch.float64))
     refuses(r"scores must be \[6, 9\], got \[6, 10\]", scores=torch.zeros(6, 10))
     refuses(r"sqnorm must be \[6\], got \[7\]", sqnorm=torch.zeros(7))
     refuses("row must be torch.int32, got torch.int64", row=torch.zeros(6, dtype=torch.int64))

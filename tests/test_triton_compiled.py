@@ -31,13 +31,15 @@ RULES = {"concept_ptr": "i32", "bounds_ptr": "fp32", "solve_ptr": "fp32"}
 OUTPUTS = {"scores_ptr": "fp32", "sqnorm_ptr": "fp32"}
 
 
-def compiled(architecture: str, dtype: torch.dtype, mode: str, width: int = 4096, concepts: int = 171) -> object:
-    """The kernel as the launcher would have it compiled for aligned, contiguous tensors."""
+def compiled(architecture: str, dtype: torch.dtype, mode: str, width: int = 4096, concepts: int = 171, high: bool = False) -> object:
+    """The kernel as the launcher would have it compiled for aligned, contiguous tensors; scores with high readers are in bf16."""
     name = NAMES[dtype]
     pointers = {"x_ptr": name, "readers_ptr": name, "directions_ptr": name, "mean_ptr": "fp32", "inv_std_ptr": "fp32"} | OUTPUTS
+    if high:
+        pointers["scores_ptr"] = "bf16"
     if mode != "read":
         pointers |= STEERING | RULES
-    chosen = launcher.constants(architecture, dtype, width, concepts, 16 if mode == "rules" else 0, math.gcd(width, 16))
+    chosen = launcher.constants(architecture, dtype, width, concepts, 16 if mode == "rules" else 0, math.gcd(width, 16), high)
     signature, constants, attributes = {}, {}, {}
     for index, argument in enumerate(apply_kernel.arg_names):
         if argument in pointers:
@@ -56,8 +58,8 @@ def compiled(architecture: str, dtype: torch.dtype, mode: str, width: int = 4096
     )
 
 
-def compiles(architecture: str, dtype: torch.dtype, mode: str, tmp_path: Path) -> None:
-    kernel = compiled(architecture, dtype, mode)
+def compiles(architecture: str, dtype: torch.dtype, mode: str, tmp_path: Path, high: bool = False) -> None:
+    kernel = compiled(architecture, dtype, mode, high=high)
     _, shared, instruction = TARGETS[architecture]
     assert kernel.metadata.shared <= shared
     if architecture.startswith("sm_"):
@@ -80,6 +82,20 @@ def compiles(architecture: str, dtype: torch.dtype, mode: str, tmp_path: Path) -
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_compiles_without_spills(architecture: str, tmp_path: Path) -> None:
     compiles(architecture, torch.bfloat16, "rules", tmp_path)
+
+
+def test_compiles_in_high_precision(tmp_path: Path) -> None:
+    compiles("sm_90", torch.bfloat16, "rules", tmp_path, high=True)
+    rounding = compiled("sm_90", torch.bfloat16, "read", high=True).asm["ptx"]
+    assert re.search(r"cvt\.rn\.bf16", rounding), "scores are rounded to the nearest"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("mode", ["read", "add", "rules"])
+def test_every_tile_compiles_in_high_precision(architecture: str, dtype: torch.dtype, mode: str, tmp_path: Path) -> None:
+    compiles(architecture, dtype, mode, tmp_path, high=True)
 
 
 @pytest.mark.slow

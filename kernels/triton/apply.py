@@ -42,23 +42,32 @@ TILES = {
     "gfx1": {2: Tile(64, 32, 8, 2), 4: Tile(32, 32, 8, 2)},
     "interpreter": {2: Tile(32, 64, 1, 1), 4: Tile(32, 64, 1, 1)},
 }
+# Where readers come in two parts: a stage holds twice as many of them.
+HIGH_TILES = {
+    "sm_8": Tile(128, 16, 8, 4),
+    "sm_9": Tile(128, 64, 8, 3),
+    "sm_10": Tile(64, 64, 8, 3),
+    "gfx9": Tile(128, 32, 8, 2),
+    "gfx1": Tile(64, 32, 8, 2),
+    "interpreter": Tile(32, 64, 1, 1),
+}
 
 
-def tile_for(architecture: str, itemsize: int) -> Tile:
-    """The tile for ``architecture`` ("sm_86", "gfx942", "interpreter"). One that is not in the table takes sm_80's."""
+def tile_for(architecture: str, itemsize: int, high: bool = False) -> Tile:
+    """The tile for ``architecture`` ("sm_86", "gfx942", "interpreter"). One that is not in the table takes sm_80's.
+
+    high: readers come in two parts, as they never do beside fp32.
+    """
     family = next((name for name in TILES if architecture.startswith(name)), "sm_8")
-    return TILES[family][itemsize]
+    return HIGH_TILES[family] if high else TILES[family][itemsize]
 
 
 @cache
 def constants(
     architecture: str, dtype: torch.dtype, width: int, concepts: int, rules: int, unit: int, high: bool = False
 ) -> dict[str, int | str]:
-    """What the kernel is compiled with: its constants by name, and Triton's ``num_warps`` and ``num_stages``.
-
-    high: readers come in two parts, so a stage is larger and there is one less.
-    """
-    tile = tile_for(architecture, dtype.itemsize)
+    """What the kernel is compiled with: its constants by name, and Triton's ``num_warps`` and ``num_stages``."""
+    tile = tile_for(architecture, dtype.itemsize, high)
     first = min(128, max(16, 1 << concepts.bit_length() - 1))
     return {
         "WIDTH": width,
@@ -75,7 +84,7 @@ def constants(
         "K0": first,
         "K1": min(64, max(16, triton.next_power_of_2(concepts - first))),
         "num_warps": tile.warps,
-        "num_stages": max(2, tile.stages - 1) if high else tile.stages,
+        "num_stages": tile.stages,
     }
 
 
@@ -150,7 +159,7 @@ def launch(
     architecture = architecture_of(x.device)
     small = high and x.dtype == torch.float16 and architecture == "gfx90a"
     _require(not small, 'precision="high" in float16 needs numbers that the matrix units of gfx90a take as zero; use bfloat16')
-    tile = tile_for(architecture, x.itemsize)
+    tile = tile_for(architecture, x.itemsize, high)
     x_stride = _pitch("x", x, tile)
     _require(x_stride >= width, f"the rows of x overlap, their stride is {x_stride} for d = {width}")
     residual_stride = scores_stride = 0
