@@ -175,7 +175,7 @@ def make(
 def gpu_readers(case: Case) -> Tensor:
     """A CPU case's readers as they are packed for a GPU; the case is held against these then."""
     readers = case.operands.readers_unpacked()
-    rounded, rest = (pad(part, (0, 0, 0, -len(readers) % ops.LANES)) for part in ops.split(readers, case.x.dtype))
+    rounded, rest = (pad(part, (0, 0, 0, -len(readers) % ops.LANES)).contiguous() for part in ops.split(readers, case.x.dtype))
     if case.precision == "fast" or case.x.dtype == torch.float32:
         return rounded
     case.operands = replace(case.operands, readers=ops.pack((rounded.float() + rest.float())[: len(readers)]))
