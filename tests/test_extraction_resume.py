@@ -168,6 +168,14 @@ def test_the_state_of_another_extraction_is_refused(tmp_path: Path, other: dict[
     assert not (tmp_path / "bank").exists()
 
 
+def test_a_state_serves_whatever_is_made_of_its_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other: dict[str, Any] = {"shrinkage": 0.9, "level": False, "denoise": "dialogues", "variance": 0.2}
+    whole, expected = passes_of(monkeypatch, **other), bank(**other)
+    bank(resume=tmp_path / "state")
+    assert passes_of(monkeypatch, resume=tmp_path / "state", **other) < whole
+    assert bank(resume=tmp_path / "state", **other) == expected
+
+
 @pytest.mark.parametrize("content", [b"", b"rubbish" * 100, None])
 def test_a_file_that_is_not_a_state(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "state"

@@ -30,6 +30,7 @@ from emovec.models import residual_width
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 CHECKPOINT_SECONDS = 60.0
+_SUMMED = ("skip", "skip_share", "format", "readers")  # of the recipe what the sums over stories depend on
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ class Extraction:
             "model": fingerprint(self.model),
             "dtype": str(next(self.model.parameters()).dtype),
             "layers": list(self.blocks.layers),
-            **{f"recipe.{name}": value for name, value in self.recipe.to_dict().items()},
+            **{f"recipe.{name}": getattr(self.recipe, name) for name in _SUMMED},
             "batch_tokens": self.batch_tokens,
             "processes": ranks.world(),
             "rank": ranks.rank(),
