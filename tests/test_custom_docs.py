@@ -44,7 +44,7 @@ def test_what_the_page_says_of_the_new_concept(bench: Any) -> None:
     assert [said.split(" do as well")[0] for said in evidence[plain]["warnings"]] == ["the words alone (layer 0)"]
     assert read[plain]["sincere"]["p"] > 0.05
     assert read[plain]["scores"]["text"] - read[plain]["scores"]["sincere"] < 0.1
-    assert "blissful" in dict(results["emotions"]["contrast"]["best"])
+    assert "delighted" in dict(results["emotions"]["contrast"]["best"])
     # sincere ones help, and do not settle it
     assert read[both]["sincere"]["right"] > read[plain]["sincere"]["right"]
     assert read[both]["scores"]["text"] - read[both]["scores"]["sincere"] < 0.5
