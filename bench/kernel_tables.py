@@ -30,7 +30,10 @@ def cpu(found: dict[str, Any]) -> str:
         lines.append(f"| {shape[0]} x {shape[1]} | {' | '.join(cells)} |")
     times = [case["min_median_max_us"] for case in results["cases"] if "high" in case["min_median_max_us"]]
     ratios = [each["high"][1] / each[form][1] for each in times]
-    lines += ["", f"With `precision=\"high\"` a read of these takes {min(ratios):.1f} to {max(ratios):.1f} times as long: its readers are fp32."]
+    lines += [
+        "",
+        f'With `precision="high"` a read of these takes {min(ratios):.1f} to {max(ratios):.1f} times as long: its readers are fp32.',
+    ]
     lines += [
         "",
         "| fp32, read: tokens x width | AVX-512 | of peak | AVX2 | of peak | torch | torch / AVX-512 | torch / AVX2 |",
