@@ -1,0 +1,160 @@
+"""What a request may carry, checked before it reaches the engine: ``emotion_bias`` and ``emotion_scores``.
+
+In Python both are values in ``SamplingParams.extra_args``. Over HTTP ``vllm_xargs`` becomes ``extra_args``; its values are text
+and numbers, so a steering value is JSON text there, or flat keys such as ``"emotion_bias.calm": 0.05``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from emovec.allotment import parsed
+from emovec.bank_layer import nearest, shown
+from emovec.engines.vllm.config import Config
+from emovec.engines.vllm.rows import ROWS_OF_ONE, Rows
+from emovec.engines.vllm.scores import SCOPES
+from emovec.ops import Table
+from emovec.steer import MAX_JSON, Steering, SteeringError, unique_keys
+
+BIAS, SCORES = "emotion_bias", "emotion_scores"
+ADMITTED = "emovec"
+"""The key of ``extra_args`` under which an admitted request says what is to be done, for the engine alone."""
+_SCORE_KEYS = ("on", "concepts", "top")
+_KEPT = 1024
+
+
+class RequestError(ValueError):
+    """A request asks for something that cannot be done; the message names it."""
+
+
+class Admission:
+    """Checks requests against the configuration and turns them into what the engine works with.
+
+    Args:
+        config: the configuration.
+        dtype: of the model's activations, in which rules must be solvable.
+    """
+
+    def __init__(self, config: Config, dtype: torch.dtype) -> None:
+        self.config = config
+        layers = {index: config.bank[index].operands("cpu", dtype) for index in config.steer_layers}
+        tables = {index: Table.empty(ROWS_OF_ONE, config.bank.width) for index in layers}
+        self._rows = Rows(config.bank, {index: (operands, tables[index]) for index, operands in layers.items()})
+        self._digest = _digest(config)
+        self._known: OrderedDict[str, dict[str, Any]] = OrderedDict()
+
+    def admit(self, extra_args: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """What the engine is told of a request; None if it is none of ours.
+
+        Raises:
+            RequestError, SteeringError: naming the entry, with the nearest known names.
+        """
+        if not extra_args or not any(key.split(".")[0] in (BIAS, SCORES, ADMITTED) for key in extra_args):
+            return None
+        if ADMITTED in extra_args:
+            raise RequestError(f"extra argument {ADMITTED!r} is the engine's own; give {BIAS} and {SCORES}")
+        admitted: dict[str, Any] = {}
+        steering = self._steering(extra_args)
+        if steering:
+            admitted |= self._solved(steering)
+        scores = extra_args.get(SCORES)
+        if scores is not None and scores is not False:
+            admitted["scores"] = self._scores(scores)
+        return admitted or None
+
+    def _steering(self, extra_args: Mapping[str, Any]) -> Steering:
+        names, profiles = self.config.bank.names, self.config.profiles
+        flat = {key.removeprefix(f"{BIAS}."): value for key, value in extra_args.items() if key.startswith(f"{BIAS}.")}
+        value = extra_args.get(BIAS)
+        if flat and value is not None:
+            raise RequestError(f"{BIAS} is given twice: whole, and as {BIAS}.{shown(next(iter(flat)))[1:-1]}")
+        if flat:
+            value = {name: _json(entry, BIAS) if _is_object(entry) else entry for name, entry in flat.items()}
+        elif isinstance(value, str) and _is_object(value):
+            return Steering.from_json(value, names)
+        if not isinstance(value, Mapping | str | None):
+            raise SteeringError(f"{BIAS} must be an object of concepts or the name of a profile, got {shown(value)}")
+        found = parsed(value, names, profiles)
+        assert isinstance(found, Steering)
+        return found
+
+    def _solved(self, steering: Steering) -> dict[str, Any]:
+        """The value as the engine gets it, and the keys of the cache blocks it touches; kept for the next request like it."""
+        text = steering.to_json()
+        known = self._known.get(text)
+        if known is None:
+            self._rows.of(text, len(self._known))  # what no layer can do is refused here
+            of_prompt = Steering(tuple(entry for entry in steering.entries if entry.on != "generated"))
+            known = {"steer": text, "key": self._key(steering), "prompt_key": self._key(of_prompt) if of_prompt else None}
+            self._known[text] = known
+            if len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+        return known
+
+    def _key(self, steering: Steering) -> str:
+        return hashlib.sha256(f"{self._digest} {steering.to_json()}".encode()).hexdigest()[:32]
+
+    def _scores(self, value: Any) -> dict[str, Any]:
+        if _is_object(value):
+            value = _json(value, SCORES)
+        value = {} if value is True or value in ("true", 1) else value
+        if not isinstance(value, Mapping):
+            raise RequestError(f"{SCORES} must be true or an object, got {shown(value)}")
+        for key in value:
+            if key not in _SCORE_KEYS:
+                raise RequestError(f"{SCORES}: unknown key {shown(key)}; nearest known: {', '.join(nearest(key, _SCORE_KEYS))}")
+        on, concepts, top = value.get("on", "generated"), value.get("concepts"), value.get("top")
+        if on not in SCOPES:
+            raise RequestError(f"{SCORES}: on must be one of {', '.join(SCOPES)}, got {shown(on)}")
+        if top is not None and (type(top) is not int or top < 1):
+            raise RequestError(f"{SCORES}: top must be a positive integer, got {shown(top)}")
+        if concepts is None:
+            return {"on": on, "concepts": None, "top": top}
+        if not isinstance(concepts, Sequence) or isinstance(concepts, str) or not 1 <= len(concepts) <= len(self.config.bank.names):
+            raise RequestError(f"{SCORES}: concepts must be a list of 1 to {len(self.config.bank.names)} names, got {shown(concepts)}")
+        rows = [self._concept(name) for name in concepts]
+        if len(set(rows)) != len(rows):
+            raise RequestError(f"{SCORES}: a concept is given twice in {shown(concepts)}")
+        return {"on": on, "concepts": rows, "top": top}
+
+    def _concept(self, name: Any) -> int:
+        if not isinstance(name, str):
+            raise RequestError(f"{SCORES}: a concept is named by text, got {shown(name)}")
+        try:
+            return self.config.bank.resolve(name)
+        except ValueError as error:
+            raise RequestError(f"{SCORES}: {error}") from None
+
+
+def _digest(config: Config) -> str:
+    """What tells the effect of a steering value under this configuration from that under another."""
+    digest = hashlib.sha256()
+    for index in config.steer_layers:
+        layer = config.bank[index]
+        digest.update(f"{index} {layer.residual_norm} {layer.names}".encode())
+        baselines = [part for baseline in layer.baselines.values() for part in (baseline.mean, baseline.std)]
+        for tensor in (layer.directions, layer.readers, *baselines):
+            if tensor is not None:
+                digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("{")
+
+
+def _json(text: str, what: str) -> Any:
+    if len(text) > MAX_JSON:
+        raise RequestError(f"{what} of {len(text)} letters is longer than {MAX_JSON}")
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except SteeringError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{what} is not JSON: {error}") from None

@@ -1,0 +1,199 @@
+"""The V1 model runner's side: which rows a step's tokens have, and which scores are taken from it.
+
+Everything follows from the batch's own metadata at every step: a request's tokens by ``query_start_loc``, their kind by their
+position against the length of the prompt. So chunks of a prompt, preemption and a changed order of requests need nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emovec.engines.vllm import op
+from emovec.engines.vllm.config import Config
+from emovec.engines.vllm.requests import ADMITTED
+from emovec.engines.vllm.rows import ROWS_OF_ONE, Rows
+from emovec.engines.vllm.scores import Chunk, Scorer, Wanted
+from emovec.models import decoder_layers
+from emovec.ops import Table
+from emovec.tap import persistent
+
+OUTPUT = "emovec_scores"
+"""The attribute of a ModelRunnerOutput that holds the step's chunks by request."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    """steer: the value in JSON, or None. wanted: the scores, or None."""
+
+    steer: str | None
+    wanted: Wanted | None
+
+    @classmethod
+    def of(cls, admitted: Mapping[str, Any]) -> _Request:
+        scores = admitted.get("scores")
+        concepts = None if scores is None or scores["concepts"] is None else tuple(scores["concepts"])
+        return cls(admitted.get("steer"), None if scores is None else Wanted(scores["on"], concepts))
+
+
+@dataclass(frozen=True)
+class _Pick:
+    """Tokens of one request whose scores are taken: ``count`` from position ``start`` on, ``prompt`` of them of the prompt."""
+
+    request: str
+    start: int
+    count: int
+    prompt: int
+    concepts: tuple[int, ...] | None
+
+
+class Runner:
+    """What emovec does in one V1 model runner.
+
+    Args:
+        runner: vLLM's, with its model loaded and not yet compiled.
+        config: the configuration.
+    """
+
+    def __init__(self, runner: Any, config: Config) -> None:
+        self._runner, self.config = runner, config
+        device, dtype = runner.device, runner.model_config.dtype
+        blocks = decoder_layers(runner.get_model())
+        with torch.inference_mode(False):  # what is kept must be usable outside it
+            row = persistent(torch.full((runner.max_num_tokens,), -1, dtype=torch.int32, device=device))
+            self.scores = persistent(torch.zeros(len(config.layers), runner.max_num_tokens, len(config.bank.names), device=device))
+            operands = {index: config.bank[index].operands(device, dtype) for index in config.hooked}
+            room = ROWS_OF_ONE * runner.max_num_reqs
+            tables = {index: Table.empty(room, config.bank.width, device=device) for index in config.steer_layers}
+        for tensors in (*map(vars, operands.values()), *map(vars, tables.values())):
+            for tensor in tensors.values():
+                persistent(tensor)
+        pinned = device.type == "cuda"
+        self._row = torch.full(row.shape, -1, dtype=torch.int32, pin_memory=pinned)  # the host's copy
+        self._pick = torch.zeros(row.shape, dtype=torch.int64, pin_memory=pinned)
+        self._picked = torch.zeros(row.shape, dtype=torch.int64, device=device)
+        self._written = 0  # tokens that may have a row on the device
+        # a graph that was captured does what it was captured with: then every pass reads and looks at its rows
+        self._always = device.type == "cuda" and not runner.model_config.enforce_eager
+        self.step = op.Step(row, steers=self._always, reads=self._always)
+        self.rows = Rows(config.bank, {index: (operands[index], tables[index]) for index in config.steer_layers})
+        self._scorer = Scorer(config.bank, config.layers)
+        self._requests: dict[str, _Request] = {}
+        self._picks: list[_Pick] = []
+        self._count = 0
+        scores = dict(zip(config.layers, self.scores, strict=True))
+        op.claim(runner, {index: op.Tap(operands[index], tables.get(index), scores.get(index), self.step) for index in config.hooked})
+        for index in config.hooked:
+            blocks[index].register_forward_hook(op.hook(index))
+
+    def install(self) -> None:
+        """Take part in the runner's steps."""
+        runner = self._runner
+        runner._update_states = _after(runner._update_states, lambda result, scheduled: self.follow(scheduled), first=True)
+        runner._prepare_inputs = _after(runner._prepare_inputs, lambda result, scheduled, counts: self.prepare(counts))
+        runner.sample_tokens = _after(runner.sample_tokens, lambda result, *args: self.deliver(result))
+
+    def counts(self) -> dict[str, int]:
+        """How many requests of ours are known, and steering values in the table. Values stay until their rows are needed."""
+        return {"requests": len(self._requests), "values": len(self.rows)}
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def follow(self, scheduled: Any) -> None:
+        """Requests that came and went."""
+        for request in scheduled.finished_req_ids:
+            self._requests.pop(request, None)
+        for new in scheduled.scheduled_new_reqs:
+            admitted = ((new.sampling_params and new.sampling_params.extra_args) or {}).get(ADMITTED)
+            if admitted is not None:
+                self._requests[new.req_id] = _Request.of(admitted)
+
+    def prepare(self, counts: Any) -> None:
+        """Rows and scores of the coming pass, in which the batch's requests have ``counts`` [requests] tokens.
+
+        Without a request of ours in this step and the one before nothing is written and nothing copied.
+        """
+        self._count += 1
+        self._picks = []
+        batch, starts = self._runner.input_batch, self._runner.query_start_loc.np
+        written = self._written
+        self._row[:written] = -1
+        self._written = 0
+        picked = 0
+        for name, request in self._requests.items():
+            index = batch.req_id_to_index.get(name)
+            if index is None:
+                continue  # preempted, or not scheduled in this step
+            first, count = int(starts[index]), int(counts[index])
+            position, prompt = int(batch.num_computed_tokens_cpu[index]), int(batch.num_prompt_tokens[index])
+            split = min(max(prompt - position, 0), count)
+            if request.steer is not None:
+                of_prompt, of_generated = self.rows.of(request.steer, self._count)
+                self._row[first : first + split] = of_prompt
+                self._row[first + split : first + count] = of_generated
+                self._written = max(self._written, first + count)
+            if request.wanted is not None:
+                begin, end = request.wanted.span(position, count, prompt)
+                if begin < end:
+                    kinds = min(max(split - begin, 0), end - begin)
+                    self._picks.append(_Pick(name, position + begin, end - begin, kinds, request.wanted.concepts))
+                    self._pick[picked : picked + end - begin] = torch.arange(first + begin, first + end)
+                    picked += end - begin
+        copied = max(written, self._written)
+        if copied:
+            self.step.row[:copied].copy_(self._row[:copied], non_blocking=True)
+        if picked:
+            self._picked[:picked].copy_(self._pick[:picked], non_blocking=True)
+        self.step.steers = self._always or self._written > 0
+        self.step.reads = self._always or bool(self._picks)
+
+    def deliver(self, result: Any) -> None:
+        """Put the scores of the pass into its output, without waiting for the device."""
+        picks, self._picks = self._picks, []
+        if not picks:
+            return
+        count = sum(pick.count for pick in picks)
+        taken = self.scores.index_select(1, self._picked[:count])
+        copy, event = taken, None
+        if taken.is_cuda:
+            copy = torch.empty(taken.shape, pin_memory=True)
+            copy.copy_(taken, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+
+        def attach(output: Any) -> None:
+            if event is not None:
+                event.synchronize()
+            setattr(output, OUTPUT, self._chunks(picks, copy))
+
+        if hasattr(result, "get_output"):
+            result.get_output = _after(result.get_output, lambda output: attach(output))
+        else:
+            attach(result)
+
+    def _chunks(self, picks: list[_Pick], raw: Tensor) -> dict[str, Chunk]:
+        chunks, first = {}, 0
+        for pick in picks:
+            scores = self._scorer(raw[:, first : first + pick.count], pick.prompt)
+            first += pick.count
+            columns = scores if pick.concepts is None else scores[:, list(pick.concepts)]
+            chunks[pick.request] = Chunk(pick.start, columns.numpy())
+        return chunks
+
+
+def _after(call: Callable[..., Any], then: Callable[..., None], *, first: bool = False) -> Callable[..., Any]:
+    """``call``, followed (or preceded) by ``then`` with its result (or None) and its arguments."""
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        if first:
+            then(None, *args, **kwargs)
+            return call(*args, **kwargs)
+        result = call(*args, **kwargs)
+        then(result, *args, **kwargs)
+        return result
+
+    return both
