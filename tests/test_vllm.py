@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from vllm_engine import ESSAY, NAME, SIXTEEN, TEXTS, Oracle, generate, params, profiles, started
 
 pytest.importorskip("vllm")
 
-from vllm_engine import ESSAY, NAME, SIXTEEN, TEXTS, Oracle, generate, params, profiles, start
 
 pytestmark = pytest.mark.engine
 
@@ -20,7 +20,9 @@ def oracle():
 @pytest.fixture(scope="module", params=["eager", "compiled"])
 def engine(request, tmp_path_factory):
     path = profiles(tmp_path_factory.mktemp("profiles") / "profiles.toml", {"steady": {"calm": 0.05, "on": '"generated"'}})
-    return start(enforce_eager=request.param == "eager", additional_config={"emovec": {"bank": NAME, "profiles": path}})
+    config = {"emovec": {"bank": NAME, "profiles": path}}
+    with started(enforce_eager=request.param == "eager", additional_config=config) as engine:
+        yield engine
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +69,7 @@ def test_prompts_in_chunks(engine, oracle, length):
 
 
 def test_who_may_read_which_block_of_the_prefix_cache(engine, oracle):
-    ids = oracle.ids(ESSAY, chat=False)[:100]  # six whole blocks of 16
+    ids = oracle.ids(ESSAY, chat=False)[:100]  # three whole blocks of 32
     engine.reset_prefix_cache()
 
     def ask(value, prompt=ids, **options):

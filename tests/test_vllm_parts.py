@@ -498,11 +498,22 @@ def test_other_requests_pass_as_they_are(body):
     assert sent[0]["status"] == 200
 
 
-def test_beams_are_refused():
-    seen, sent = ask(b'{"emotion_bias": {"calm": 0.1}, "use_beam_search": true}')
+@pytest.mark.parametrize(
+    ("body", "path", "said"),
+    [
+        (b'{"emotion_bias": {"calm": 0.1}, "use_beam_search": true}', "/v1/completions", "beam search"),
+        (b'{"emotion_bias": ' + b"[" * 100_000, "/v1/completions", "JSON object"),
+        (b'{"emotion_bias": {"calm": ' + b"9" * 5000 + b"}}", "/v1/completions", "JSON object"),
+        (b'["emotion_bias"]', "/v1/completions", "JSON object"),
+        (b'{"emotion_scores": true}', "/v1/responses", "alone"),
+    ],
+    ids=lambda part: str(part)[:30],
+)
+def test_what_could_have_no_effect_is_refused(body, path, said):
+    seen, sent = ask(body, path=path)
     assert not seen
     assert sent[0]["status"] == 400
-    assert "beam search" in json.loads(sent[1]["body"])["error"]["message"]
+    assert said in json.loads(sent[1]["body"])["error"]["message"]
 
 
 def scored(bank, request, count=1):

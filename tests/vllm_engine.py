@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +45,26 @@ TEXTS = (
 ESSAY = "The old man sat by the window and watched the rain fall on the empty street below, and he thought of the years gone by. " * 6
 
 
-def start(**options: Any) -> Any:
+@contextmanager
+def started(**options: Any) -> Iterator[Any]:
     """An engine in fp32, so that its tokens can be compared; small budgets, so that prompts are computed in chunks."""
     from vllm import LLM
 
-    folder = models._converted(NAME)
+    folder = models.local_path(NAME)
     settings: dict[str, Any] = {
         "dtype": "float32",
         "max_model_len": 512,
         "max_num_seqs": 16,
         "max_num_batched_tokens": 64,
-        "block_size": 16,
+        "block_size": 32,  # the smallest there is on a CPU
         "additional_config": {"emovec": {"bank": NAME}},
         "seed": 0,
     }
-    return LLM(model=str(folder), **{**settings, **options})
+    engine = LLM(model=folder, **{**settings, **options})
+    try:
+        yield engine
+    finally:
+        engine.llm_engine.engine_core.shutdown()
 
 
 def params(value: Any = None, scores: Any = None, **options: Any) -> Any:
@@ -89,7 +96,10 @@ class Oracle:
         if key not in self._known:
             prompt = torch.tensor([list(ids)])
             options = {"max_new_tokens": tokens, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-            with attach(self.model, self.bank, steer=value) as probe:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of strengths at which the model writes worse
+                probe = attach(self.model, self.bank, steer=value)
+            with probe:
                 out = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
             self._known[key] = (out.sequences[0, len(ids) :].tolist(), torch.cat(out.logits), probe[0])
         return self._known[key]

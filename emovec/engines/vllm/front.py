@@ -67,8 +67,8 @@ class _Front:
                 params.skip_reading_prefix_cache = True  # what is read from the cache is not computed, so it has no scores
         return params
 
-    def collector(self, request: Any, index: int, tokenizer: Any) -> Collector | None:
-        """A place for the scores of a request, the ``index``-th sequence of its prompt; None if it wants none."""
+    def collector(self, request: Any, index: int, count: int, tokenizer: Any) -> Collector | None:
+        """A place for the scores of a request, sequence ``index`` of the ``count`` of its prompt; None if it wants none."""
         params = request.sampling_params
         admitted = None if params is None or not params.extra_args else params.extra_args.get(ADMITTED)
         if admitted is None or "scores" not in admitted:
@@ -78,7 +78,7 @@ class _Front:
         length = len(request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds)
         collector = Collector(self.bank, self.layers, wanted, length, request.prompt_token_ids, tokenizer)
         if "reply" in admitted:
-            replies.expect(admitted["reply"], request.external_req_id, index, params.n, collector, scores["top"])
+            replies.expect(admitted["reply"], request.external_req_id, index, count, collector, scores["top"])
         return collector
 
 
@@ -125,7 +125,7 @@ def _share(front: _Front) -> None:
 
     def collect(self: Any, request: Any, prompt: Any, parent: Any = None, index: int = 0, queue: Any = None) -> None:
         assert _front is not None
-        collector = _front.collector(request, index, self.tokenizer)
+        collector = _front.collector(request, index, 1 if parent is None else parent.n, self.tokenizer)
         if collector is not None:
             self.request_states[request.request_id].emovec = collector
 

@@ -1,7 +1,7 @@
 """``--middleware emovec.engines.vllm.middleware.Middleware``: ``"emotion_bias"`` and ``"emotion_scores"`` at the top of a request.
 
 It moves them to where vLLM looks for extra arguments, and puts the scores into the answer, also when that streams. Requests
-without them, and what is not JSON, pass through as they are.
+without them pass through as they are.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from emovec.engines.vllm.replies import KEY, Reply
-from emovec.engines.vllm.requests import BIAS, SCORES
+from emovec.engines.vllm.requests import BIAS, SCORES, asks
 
-_PATHS = ("/v1/chat/completions", "/v1/completions")
+_SCORED = ("/v1/chat/completions", "/v1/completions")
+_PATHS = (*_SCORED, "/v1/responses", "/v1/messages")
+_OURS = b'"emotion_'
 _Message = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Message]]
 _Send = Callable[[_Message], Awaitable[None]]
@@ -30,13 +32,19 @@ class Middleware:
             await self._app(scope, receive, send)
             return
         first, body = await _body(receive)
-        request = _object(body)
-        args = _arguments(request)
-        if args is None:
+        request = _object(body) if _OURS in body else {}
+        args = None if request is None else _arguments(request)
+        if request is not None and args is None:
             await self._app(scope, _replay(first, body, receive), send)
+            return
+        if request is None or args is None:
+            await _refuse(send, "the request is not a JSON object that can be read")
             return
         if request.get("use_beam_search"):
             await _refuse(send, f"{BIAS} and {SCORES} cannot be used with beam search: its beams are prompts of their own")
+            return
+        if args.get(SCORES) and not scope["path"].endswith(_SCORED):
+            await _refuse(send, f"{SCORES} can be asked for at {' and '.join(_SCORED)} alone")
             return
         if not args.get(SCORES):
             await self._app(*_rewritten(scope, request, args, receive), send)
@@ -86,8 +94,7 @@ class _Answer:
         return event if data == event else b"data: " + self._scored(data)
 
     def _scored(self, data: bytes) -> bytes:
-        answer = _object(data)
-        choices = answer.get("choices")
+        choices = (answer := _object(data) or {}).get("choices")
         if not isinstance(choices, list) or not choices:
             return data
         for choice in choices:
@@ -106,7 +113,7 @@ def _arguments(request: dict[str, Any]) -> dict[str, Any] | None:
         value = request.get(name)
         if value is not None and value is not False:
             extra[name] = value if isinstance(value, str) else json.dumps(value)
-    return extra if any(name.split(".")[0] in (BIAS, SCORES) for name in extra) else None
+    return extra if asks(extra) else None
 
 
 def _rewritten(scope: Any, request: dict[str, Any], args: dict[str, Any], receive: _Receive) -> tuple[Any, _Receive]:
@@ -117,12 +124,12 @@ def _rewritten(scope: Any, request: dict[str, Any], args: dict[str, Any], receiv
     return scope, _replay({"type": "http.request"}, body, receive)
 
 
-def _object(body: bytes) -> dict[str, Any]:
+def _object(body: bytes) -> dict[str, Any] | None:
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return None
+    return found if isinstance(found, dict) else None
 
 
 async def _body(receive: _Receive) -> tuple[_Message, bytes]:

@@ -43,9 +43,7 @@ class Admission:
 
     def __init__(self, config: Config, dtype: torch.dtype) -> None:
         self.config = config
-        layers = {index: config.bank[index].operands("cpu", dtype) for index in config.steer_layers}
-        tables = {index: Table.empty(ROWS_OF_ONE, config.bank.width) for index in layers}
-        self._rows = Rows(config.bank, {index: (operands, tables[index]) for index, operands in layers.items()})
+        self._operands = {index: config.bank[index].operands("cpu", dtype) for index in config.steer_layers}
         self._digest = _digest(config)
         self._known: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
@@ -55,7 +53,7 @@ class Admission:
         Raises:
             RequestError, SteeringError: naming the entry, with the nearest known names.
         """
-        if not extra_args or not any(key.split(".")[0] in (BIAS, SCORES, ADMITTED) for key in extra_args):
+        if not extra_args or not (ADMITTED in extra_args or asks(extra_args)):
             return None
         if ADMITTED in extra_args:
             raise RequestError(f"extra argument {ADMITTED!r} is the engine's own; give {BIAS} and {SCORES}")
@@ -89,7 +87,9 @@ class Admission:
         text = steering.to_json()
         known = self._known.get(text)
         if known is None:
-            self._rows.of(text, len(self._known))  # what no layer can do is refused here
+            width = self.config.bank.width
+            layers = {index: (operands, Table.empty(ROWS_OF_ONE, width)) for index, operands in self._operands.items()}
+            Rows(self.config.bank, layers).of(text, 0)  # what no layer can do is refused here
             of_prompt = Steering(tuple(entry for entry in steering.entries if entry.on != "generated"))
             known = {"steer": text, "key": self._key(steering), "prompt_key": self._key(of_prompt) if of_prompt else None}
             self._known[text] = known
@@ -130,6 +130,11 @@ class Admission:
             return self.config.bank.resolve(name)
         except ValueError as error:
             raise RequestError(f"{SCORES}: {error}") from None
+
+
+def asks(extra_args: Mapping[str, Any] | None) -> bool:
+    """Whether there is something for emovec in what a client sent."""
+    return bool(extra_args) and any(key.split(".")[0] in (BIAS, SCORES) for key in extra_args or ())
 
 
 def _digest(config: Config) -> str:
