@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from vllm_engine import ESSAY, NAME, SIXTEEN, TEXTS, Oracle, generate, params, profiles, started
 
 pytest.importorskip("vllm")
+psutil = pytest.importorskip("psutil")
 
 
 pytestmark = pytest.mark.engine
+
+SOAK = 1000
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +37,11 @@ def nothing_is_left_over(request):
     engine.reset_prefix_cache()
     generate(engine, [[1, 2, 3]], [params(max_tokens=1)])  # the worker learns with the next step who has left
     assert engine.collective_rpc("emovec_counts")[0]["requests"] == 0
+
+
+def resident():
+    """The memory of the engine's processes, in MiB."""
+    return sum(child.memory_info().rss for child in psutil.Process().children(recursive=True)) >> 20
 
 
 def prompts(oracle, count):
@@ -145,6 +155,52 @@ def test_chosen_concepts_profiles_and_chat(engine, oracle):
         assert torch.equal(output.reading.of(name), whole.reading.of(name))
     talk = engine.chat([{"role": "user", "content": TEXTS[0]}], params({"calm": 0.05}, True), use_tqdm=False)
     oracle.check(ids, {"calm": 0.05}, talk[0].outputs[0])
+
+
+def test_a_soak(engine, oracle):
+    """Requests of random values, lengths and aborts; then nothing is left over, and a fixed request comes to what it came to before."""
+    dice = random.Random(0)
+    ids = oracle.ids(TEXTS[0])
+    probe = {"calm": 0.05}
+
+    def ask():
+        (output,) = generate(engine, [ids], [params(probe, True)])
+        oracle.check(ids, probe, output)
+        return output.token_ids, output.reading.scores
+
+    tokens, scores = ask()
+    core, essay, names = engine.llm_engine, oracle.ids(ESSAY, chat=False), oracle.bank.names
+    waiting, running, finished, memory = list(range(SOAK)), set(), 0, 0
+    while waiting or running:
+        while waiting and len(running) < 24:
+            name = str(waiting.pop())
+            kind = dice.choice([None, "add", "rule", "gate"])
+            a, b = dice.sample(names, 2)
+            value = {None: None, "add": {a: 0.05, b: -0.03}, "rule": {a: {"at_most": 1.0}}, "gate": {a: {"add": 0.05, "when": f"{b} > 0"}}}[
+                kind
+            ]
+            if value is not None and dice.random() < 0.5:
+                value["on"] = dice.choice(["prompt", "generated"])
+            wanted = dice.choice([None, True, {"on": "all"}, {"concepts": [a]}])
+            prompt = essay[: dice.randrange(1, 100)]
+            core.add_request(name, {"prompt_token_ids": prompt}, params(value, wanted, max_tokens=dice.randrange(1, 9)))
+            running.add(name)
+        for output in core.step():
+            if output.finished:
+                running.discard(output.request_id)
+                finished += 1
+                reading = output.outputs[0].reading
+                assert reading is None or bool(reading.scores.isfinite().all())
+        if running and dice.random() < 0.1:
+            name = dice.choice(sorted(running))
+            core.abort_request([name])
+            running.discard(name)
+        memory = memory or (resident() if len(waiting) < SOAK // 2 else 0)
+    assert finished > SOAK // 2
+    assert resident() < memory + 64, "MiB, of which half a soak adds nothing"
+    again, their_scores = ask()
+    assert again == tokens
+    assert torch.equal(their_scores, scores)
 
 
 @pytest.mark.parametrize(

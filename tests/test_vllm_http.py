@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,11 +56,12 @@ def server(tmp_path_factory):
                 raise AssertionError((folder / "log").read_text()[-3000:])
             yield url
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                try:
+                    process.wait(30)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def post(server, path="/v1/completions", **body):
@@ -147,6 +150,21 @@ def test_a_client_that_leaves_changes_nothing_for_the_next(server, oracle):
     assert text_of(post(server, prompt=ids, emotion_bias={"calm": 0.05})) == written(oracle, ids, {"calm": 0.05})
 
 
+def test_the_commands_of_the_page(server):
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    commands = [block for block in re.findall(r"^```sh\n(.*?)^```", page, re.DOTALL | re.MULTILINE) if block.startswith("curl")]
+    assert commands
+    for command in commands:
+        answer = json.loads(subprocess.check_output(["bash", "-c", command.replace("http://", "").replace("localhost:8000", server)]))
+        (choice,) = answer["choices"]
+        assert choice["text"]
+        assert {name for token in choice["emotion_scores"] for name in token["scores"]} == {"calm", "desperate"}
+    bodies = [
+        json.loads(line) for block in re.findall(r"^```json\n(.*?)^```", page, re.DOTALL | re.MULTILINE) for line in block.splitlines()
+    ]
+    assert len({text_of(post(server, prompt="My code fails again. I feel", **body)) for body in bodies} | {""}) > 1
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("ours", "said"),
@@ -189,3 +207,17 @@ def test_hostile_bodies_are_refused_and_the_server_stays_up(server, name):
     assert 400 <= answer.status_code < 500, answer.text[:300]
     assert len(answer.text) < 5000
     assert requests.get(f"{server}/health", timeout=10).ok
+
+
+def test_the_example_in_python(tmp_path):
+    """In a process of its own, as it says."""
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    script = tmp_path / "example.py"
+    lines = [
+        *example.replace("LLM(local_path", "LLM(max_model_len=256, model=local_path").splitlines(),
+        "print('TOP', output.outputs[0].reading.top(1))",
+    ]
+    script.write_text("if __name__ == '__main__':\n" + "\n".join(f"    {line}" for line in lines))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=400, check=False)
+    assert "TOP [('" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]

@@ -20,7 +20,7 @@ def oracle():
 
 @pytest.fixture(scope="module", params=[True, False], ids=["prefix cache", "no prefix cache"])
 def engine(request):
-    options = {"num_gpu_blocks_override": 12, "disable_log_stats": False, "enable_prefix_caching": request.param}
+    options = {"num_gpu_blocks_override": 12, "max_model_len": 256, "disable_log_stats": False, "enable_prefix_caching": request.param}
     with started(enforce_eager=True, **options) as engine:
         yield engine
 

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,7 +54,7 @@ def serve(
     source = local_path(model)
     named = [] if source == model or "--served-model-name" in context.args else ["--served-model-name", model]
     flags = ["--additional-config", json.dumps({"emovec": config}), "--middleware", MIDDLEWARE]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", source, *named, *flags, *context.args]
+    command = [sys.executable, "-m", *_server(source), *named, *flags, *context.args]
     setting = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # the runner that the plugin knows
     if os.environ.get("VLLM_PLUGINS") is not None and "emovec" not in os.environ["VLLM_PLUGINS"].split(","):
         setting["VLLM_PLUGINS"] = f"{os.environ['VLLM_PLUGINS']},emovec"
@@ -61,3 +62,12 @@ def serve(
     if dry_run:
         return
     os.execve(sys.executable, command, {**os.environ, **setting})
+
+
+def _server(model: str) -> list[str]:
+    """vLLM's command; its builds for CPUs go by another name, which that command does not know and stops at."""
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return ["vllm.entrypoints.openai.api_server", "--model", model]
+    return ["vllm.entrypoints.cli.main", "serve", model]

@@ -73,8 +73,8 @@ class Admission:
         if flat and value is not None:
             raise RequestError(f"{BIAS} is given twice: whole, and as {BIAS}.{shown(next(iter(flat)))[1:-1]}")
         if flat:
-            value = {name: _json(entry, BIAS) if _is_object(entry) else entry for name, entry in flat.items()}
-        elif isinstance(value, str) and _is_object(value):
+            value = {name: _json(entry, BIAS) if _is_json(entry) else entry for name, entry in flat.items()}
+        elif isinstance(value, str) and _is_json(value):
             return Steering.from_json(value, names)
         if not isinstance(value, Mapping | str | None):
             raise SteeringError(f"{BIAS} must be an object of concepts or the name of a profile, got {shown(value)}")
@@ -101,7 +101,7 @@ class Admission:
         return hashlib.sha256(f"{self._digest} {steering.to_json()}".encode()).hexdigest()[:32]
 
     def _scores(self, value: Any) -> dict[str, Any]:
-        if _is_object(value):
+        if _is_json(value):
             value = _json(value, SCORES)
         value = {} if value is True or value in ("true", 1) else value
         if not isinstance(value, Mapping):
@@ -150,8 +150,9 @@ def _digest(config: Config) -> str:
     return digest.hexdigest()
 
 
-def _is_object(value: Any) -> bool:
-    return isinstance(value, str) and value.lstrip().startswith("{")
+def _is_json(value: Any) -> bool:
+    """Whether text is meant as JSON, and not as the name of a profile."""
+    return isinstance(value, str) and value.lstrip().startswith(("{", "["))
 
 
 def _json(text: str, what: str) -> Any:
