@@ -28,7 +28,7 @@ test-engines: $(VENV)/engines.stamp ## the same directions in llama.cpp
 	$(BIN)/python -m pytest -q -m engine
 
 test-vllm: $(VLLM)/vllm.stamp ## vLLM on a CPU, in an environment of its own
-	$(VLLM_SETTINGS) $(VLLM)/bin/python -m pytest -q -m engine tests/test_vllm.py tests/test_vllm_preemption.py tests/test_vllm_http.py
+	$(VLLM_SETTINGS) $(VLLM)/bin/python -m pytest -q -m engine $(wildcard tests/test_vllm*.py)
 
 bench: $(VENV)/bench.stamp ## the op on a CPU beside the core's peak, torch and other packages: three minutes, on a machine that is otherwise idle
 	env -u OMP_WAIT_POLICY $(BIN)/python bench/cpu.py

@@ -162,7 +162,24 @@ def test_the_commands_of_the_page(server):
     bodies = [
         json.loads(line) for block in re.findall(r"^```json\n(.*?)^```", page, re.DOTALL | re.MULTILINE) for line in block.splitlines()
     ]
-    assert len({text_of(post(server, prompt="My code fails again. I feel", **body)) for body in bodies} | {""}) > 1
+    assert bodies
+    for body in bodies:
+        assert text_of(post(server, prompt="My code fails again. I feel", **body))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_guard_refuses(server, stream):
+    guard = [{"of": "calm", "above": -40, "hold": 1, "do": {"refuse": "No."}}]
+    answer = post(server, prompt="My code fails again. I feel", emotion_guard=guard, stream=stream)
+    if stream:
+        events = [line.decode().removeprefix("data: ") for line in answer.iter_lines() if line]
+        choices = [choice for event in events[:-1] for choice in json.loads(event)["choices"]]
+    else:
+        choices = answer.json()["choices"]
+    assert "".join(choice["text"] for choice in choices) == "No."
+    assert (choices[-1]["finish_reason"], choices[-1]["stop_reason"]) == ("stop", "emotion_guard: calm")
+    (event,) = (event for choice in choices for event in choice.get("emotion_events", ()))
+    assert (event["position"], event["kind"], event["of"], event["do"]) == (1, "prompt", "calm", "refuse")
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,13 +13,13 @@ import torch
 from banks import NAMES, make_bank
 
 from emovec import reference
-from emovec.engines.vllm import config, op, selfcheck
+from emovec.engines.vllm import config, guard, op, selfcheck
 from emovec.engines.vllm.cache import block_key
 from emovec.engines.vllm.middleware import Middleware
 from emovec.engines.vllm.replies import KEY, expect
 from emovec.engines.vllm.requests import ADMITTED, Admission, RequestError
 from emovec.engines.vllm.rows import ROWS_OF_ONE, Rows
-from emovec.engines.vllm.runner import OUTPUT, Runner
+from emovec.engines.vllm.runner import OUTPUT, WATCHED, Runner
 from emovec.engines.vllm.scores import Chunk, Collector, Scorer, Wanted
 from emovec.models import decoder_layers
 from emovec.ops import Table
@@ -183,6 +184,108 @@ def test_what_scores_may_be_asked_for(admission, scores, admitted):
 def test_scores_that_cannot_be_given_are_refused(admission, scores):
     with pytest.raises(RequestError, match="emotion_scores"):
         admission.admit({"emotion_scores": scores})
+
+
+# --- the guard ----------------------------------------------------------------------------------------------------
+
+
+def words(text, add_special_tokens):
+    assert not add_special_tokens
+    return {"input_ids": [len(word) for word in text.split()]}
+
+
+def test_thresholds_of_the_server_and_of_a_request(settings):
+    on_server = guard.parse([{"of": "hostile", "above": 3}], settings.bank)
+    admission = Admission(replace(settings, guard=on_server), torch.float32, words)
+    assert [one["do"] for one in admission.admit(None)["guard"]] == ["stop"]
+    mine = [
+        {"of": {"desperate": 1, "calm": -0.5}, "above": 2, "hold": 1, "on": "generated", "do": {"refuse": "I would rather not"}},
+        {"of": "Fear", "above": 2, "do": {"steer": {"calm": 0.1}}},
+    ]
+    for value in (mine, json.dumps(mine)):
+        first, second, third = admission.admit({"emotion_guard": value, "emotion_bias": {"angry": 0.1, "calm": -0.1}})["guard"]
+        assert (first["of"], second["tokens"]) == ("hostile", [1, 5, 6, 3])
+        assert third["steer"] == Steering.parse({"angry": 0.1, "calm": 0.1}, NAMES).to_json()
+        assert third["key"] != admission.admit({"emotion_bias": {"angry": 0.1, "calm": -0.1}})["key"]
+    weights = guard.weights([second, third], settings.bank)
+    assert weights[:, 0].tolist() == [0, 0, 0, -0.5, 1, 0, 0]
+    assert weights[:, 1].tolist() == [0.5, 0, 0, 0, 0.5, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("stop", "list of 1 to 16"),
+        ([], "list of 1 to 16"),
+        ([{"of": "calm", "above": 1}] * 17, "list of 1 to 16"),
+        ([3], "is an object"),
+        ([{"of": "clam", "above": 1}], "nearest known: calm"),
+        ([{"of": "calm"}], "above must be"),
+        ([{"of": "calm", "above": 1, "holds": 3}], "nearest known: hold"),
+        ([{"of": "calm", "above": 1, "do": "refuse"}], "do must be"),
+        ([{"of": "calm", "above": 1, "do": {"refuse": ""}}], "do must be"),
+        ([{"of": "calm", "above": 1, "do": {"steer": {"clam": 1}}}], "nearest known: calm"),
+        ([{"of": "calm", "above": 1, "halflife": "x"}], "halflife must be"),
+        ('[{"of": "calm", "above": NaN}]', "above must be"),
+    ],
+    ids=str,
+)
+def test_thresholds_that_mean_nothing_are_refused(settings, value, said):
+    with pytest.raises(ValueError, match=said):
+        Admission(settings, torch.float32, words).admit({"emotion_guard": value})
+
+
+def test_a_threshold_without_a_baseline_is_refused():
+    bare = make_bank(kinds=())
+    with pytest.raises(SteeringError, match="no baseline"):
+        guard.parse([{"of": "calm", "above": 1}], bare)
+
+
+def test_a_watch_fires_as_a_guard_does(bank):
+    """Smoothed, held off, in scope, not at the first token, and not twice at what is computed again."""
+    given = [
+        {"of": "calm", "above": 1.0, "halflife": 0, "hold": 2, "on": "all", "do": "stop"},
+        {"of": "angry", "above": 1.0, "halflife": 0, "hold": 1, "on": "generated", "do": "steer"},
+    ]
+    watch = guard.Watch(given, prompt=3)
+    values = np.array([[9, 9], [2, 9], [0, 0], [2, 2], [2, 0]], np.float32)
+    assert watch.see(Chunk(0, values[:3])) == []
+    (event,) = watch.see(Chunk(3, values[3:4]))
+    assert (event.position, event.kind, event.of, event.value, event.do) == (3, "generated", "angry", 2.0, "steer")
+    assert watch.see(Chunk(0, values[:4])) == [], "computed again after a preemption"
+    (event,) = watch.see(Chunk(4, values[4:]))
+    assert event.shown() == {"position": 4, "kind": "generated", "of": "calm", "value": 2.0, "above": 1.0, "do": "stop"}
+
+
+def test_what_a_guard_lays_over_a_request_has_its_own_rows_and_keys(served, admission):
+    runner, ours, _ = served
+    base, over = (admission.admit({"emotion_bias": {"calm": strength}}) for strength in (0.1, 0.2))
+    step(runner, {"a": (0, 6, 4)}, [new("a", base)])
+    runner._update_states(SimpleNamespace(finished_req_ids=set(), scheduled_new_reqs=[], emovec_overlays={"a": (8, over["steer"])}))
+    step(runner, {"a": (6, 4, 4)})
+    first, second = ours.rows.of(base["steer"], 0)[1], ours.rows.of(over["steer"], 0)[1]
+    assert ours.step.row.tolist() == [first] * 2 + [second] * 2 + [-1] * 60
+    step(runner, {"a": (0, 10, 4)})  # computed again after a preemption: each token as it was
+    assert ours.step.row.tolist() == [ours.rows.of(base["steer"], 0)[0]] * 4 + [first] * 4 + [second] * 2 + [-1] * 54
+    request = SimpleNamespace(sampling_params=SimpleNamespace(extra_args={ADMITTED: base}), num_prompt_tokens=4)
+    before = [block_key(request, end) for end in (8, 16)]
+    request.emovec_overlay = (8, over["key"])
+    assert block_key(request, 8) == before[0]
+    assert block_key(request, 16) == [(ADMITTED, f"{over['key']}@8")] != before[1]
+
+
+def test_what_is_watched_comes_with_the_step(served, admission):
+    runner, _, model = served
+    thresholds = [{"of": {"calm": 2}, "above": 1}, {"of": "Fear", "above": 1}]
+    admitted = admission.admit({"emotion_guard": thresholds, "emotion_scores": {"on": "generated"}})
+    step(runner, {"a": (0, 6, 4)}, [new("a", admitted)])
+    with torch.inference_mode():
+        model(torch.randn(6, 32))
+    output = runner.sample_tokens(None)
+    watched, scores = getattr(output, WATCHED)["a"], getattr(output, OUTPUT)["a"]
+    assert (watched.start, watched.values.shape, scores.start, scores.values.shape) == (0, (6, 2), 4, (2, 7))
+    np.testing.assert_allclose(watched.values[4:, 0], 2 * scores.values[:, 3], rtol=1e-5)
+    np.testing.assert_allclose(watched.values[4:, 1], scores.values[:, [0, 4]].mean(1), rtol=1e-5)
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------

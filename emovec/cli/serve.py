@@ -16,6 +16,7 @@ import typer
 from emovec import extras
 from emovec.bank import load_bank
 from emovec.cli.common import BankOption, err, integers
+from emovec.engines.vllm.guard import parse
 from emovec.models import local_path
 from emovec.steer import load_profiles
 
@@ -30,6 +31,8 @@ def serve(
     layers: Annotated[str | None, typer.Option(help="Where to read, such as 12,15-18. Default: the bank's.")] = None,
     steer_layers: Annotated[str | None, typer.Option(help="Where to steer. Default: the bank's.")] = None,
     profiles: Annotated[Path | None, typer.Option(help="A TOML file of named steering values.")] = None,
+    guard: Annotated[Path | None, typer.Option(help="A JSON file: a list of thresholds for every request.")] = None,
+    audit: Annotated[Path | None, typer.Option(help="A file to which a line of JSON is added for each event of a guard.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Use the bank although it was made for another kind of model.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and leave.")] = False,
 ) -> None:
@@ -49,6 +52,11 @@ def serve(
     if profiles is not None:
         load_profiles(profiles, loaded.names)
         config["profiles"] = str(profiles.resolve())
+    if guard is not None:
+        config["guard"] = json.loads(guard.read_text(encoding="utf-8"))
+        parse(config["guard"], loaded)
+    if audit is not None:
+        config["audit"] = str(audit.resolve())
     if force:
         config["force"] = True
     source = local_path(model)

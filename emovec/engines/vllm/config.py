@@ -9,12 +9,13 @@ from typing import Any
 
 from emovec.bank import Bank, load_bank
 from emovec.bank_layer import nearest, shown
+from emovec.engines.vllm.guard import Watched, parse
 from emovec.fingerprint import differences
 from emovec.steer import load_profiles
 
 KEY = "emovec"
 SUPPORTED = ("0.32.0",)
-_KEYS = ("bank", "layers", "steer_layers", "profiles", "force")
+_KEYS = ("bank", "layers", "steer_layers", "profiles", "guard", "audit", "force")
 
 
 class ConfigError(ValueError):
@@ -25,13 +26,16 @@ class ConfigError(ValueError):
 class Config:
     """The plugin's configuration with its bank.
 
-    layers: where to read. steer_layers: where to steer. profiles: name -> steering value. force: use a bank of another model.
+    layers: where to read. steer_layers: where to steer. profiles: name -> steering value. guard: thresholds for every request.
+    audit: a file that records what fires. force: use a bank of another model.
     """
 
     bank: Bank
     layers: tuple[int, ...]
     steer_layers: tuple[int, ...]
     profiles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    guard: tuple[Watched, ...] = ()
+    audit: str | None = None
     force: bool = False
 
     @property
@@ -65,13 +69,16 @@ def load(vllm_config: Any) -> Config | None:
         raise ConfigError(f"emovec: bank must be the name of a shipped bank or a path, got {shown(name)}")
     if profiles is not None and not isinstance(profiles, str):
         raise ConfigError(f"emovec: profiles must be the path of a TOML file, got {shown(profiles)}")
+    if not isinstance(given.get("audit"), str | None):
+        raise ConfigError(f"emovec: audit must be the path of a file, got {shown(given['audit'])}")
     if not isinstance(given.get("force", False), bool):
         raise ConfigError(f"emovec: force must be true or false, got {shown(given['force'])}")
     bank = _bank(name)
     layers = _layers(given, "layers", bank, bank.read_layers)
     steer_layers = _layers(given, "steer_layers", bank, bank.steer_layers)
     named = {} if profiles is None else load_profiles(profiles, bank.names)
-    return Config(bank, layers, steer_layers, named, given.get("force", False))
+    guard = parse(given["guard"], bank) if "guard" in given else ()
+    return Config(bank, layers, steer_layers, named, guard, given.get("audit"), given.get("force", False))
 
 
 def check(vllm_config: Any, version: str) -> None:

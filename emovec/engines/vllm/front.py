@@ -13,7 +13,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from emovec.bank import Bank
 from emovec.engines.vllm import config, replies
-from emovec.engines.vllm.requests import ADMITTED, BIAS, SCORES, Admission
+from emovec.engines.vllm.requests import ADMITTED, FIELDS, Admission
 from emovec.engines.vllm.scores import Collector, Scorer, Wanted
 from emovec.engines.vllm.seams import after
 
@@ -26,7 +26,7 @@ def install(processor: Any) -> None:
     """Take part in what an input processor does, and in what becomes of its requests' outputs."""
     loaded = config.load(processor.vllm_config)
     assert loaded is not None
-    front = _Front(Admission(loaded, processor.model_config.dtype))
+    front = _Front(Admission(loaded, processor.model_config.dtype, processor.tokenizer))
     process = processor.process_inputs
 
     def process_inputs(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -50,33 +50,36 @@ class _Front:
         try:
             admitted = self.admission.admit(params.extra_args)
             if admitted is not None and resumable:
-                raise ValueError(f"{BIAS} and {SCORES} cannot be used where a prompt goes on after what was generated")
+                raise ValueError(f"{', '.join(FIELDS)} cannot be used where a prompt goes on after what was generated")
+            if admitted is not None and params.logprobs is not None and any(one["do"] == "refuse" for one in admitted.get("guard", ())):
+                raise ValueError("a guard that refuses cannot be used with logprobs: the text of a refusal has none")
         except ValueError as error:
             raise RefusedError(str(error)) from None
         extra = params.extra_args or {}
         if admitted is None:
             return params
         params = params.clone()
-        ours = (BIAS, SCORES, replies.KEY)
+        ours = (*FIELDS, replies.KEY)
         params.extra_args = {key: value for key, value in extra.items() if key.split(".")[0] not in ours}
         params.extra_args[ADMITTED] = admitted
-        if "scores" in admitted:
-            if replies.KEY in extra:
-                admitted = params.extra_args[ADMITTED] = {**admitted, "reply": extra[replies.KEY]}
-            if admitted["scores"]["on"] != "generated":
-                params.skip_reading_prefix_cache = True  # what is read from the cache is not computed, so it has no scores
+        if replies.KEY in extra:
+            params.extra_args[ADMITTED] = {**admitted, "reply": extra[replies.KEY]}
+        scored = [admitted["scores"]["on"]] if "scores" in admitted else []
+        if any(on != "generated" for on in [*scored, *(one["on"] for one in admitted.get("guard", ()))]):
+            params.skip_reading_prefix_cache = True  # what is read from the cache is not computed, so it has no scores
         return params
 
     def collector(self, request: Any, index: int, count: int, tokenizer: Any) -> Collector | None:
-        """A place for the scores of a request, sequence ``index`` of the ``count`` of its prompt; None if it wants none."""
+        """A place for the scores and events of a request, sequence ``index`` of the ``count`` of its prompt; None if it wants none."""
         params = request.sampling_params
         admitted = None if params is None or not params.extra_args else params.extra_args.get(ADMITTED)
-        if admitted is None or "scores" not in admitted:
+        if admitted is None or not ("scores" in admitted or "guard" in admitted):
             return None
-        scores = admitted["scores"]
+        scores = admitted.get("scores", {"on": "generated", "concepts": None, "top": None})
         wanted = Wanted(scores["on"], None if scores["concepts"] is None else tuple(scores["concepts"]))
         length = len(request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds)
         collector = Collector(self.bank, self.layers, wanted, length, request.prompt_token_ids, tokenizer)
+        collector.shown = "scores" in admitted
         if "reply" in admitted:
             replies.expect(admitted["reply"], request.external_req_id, index, count, collector, scores["top"])
         return collector
@@ -91,7 +94,7 @@ def _share(front: _Front) -> None:
     first, _front = _front is None, front
     if not first:
         return
-    CompletionOutput.reading = None
+    CompletionOutput.reading, CompletionOutput.events = None, ()
     from_optional, process, complete = SamplingParams.from_optional, OutputProcessor.process_outputs, RequestState._new_completion_output
 
     @functools.wraps(from_optional)
@@ -108,11 +111,12 @@ def _share(front: _Front) -> None:
     def process_outputs(self: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
         for output in outputs:
             if output.kv_transfer_params and ADMITTED in output.kv_transfer_params:
-                chunks = output.kv_transfer_params.pop(ADMITTED)
+                news = output.kv_transfer_params.pop(ADMITTED)
                 output.kv_transfer_params = output.kv_transfer_params or None
                 collector = getattr(self.request_states.get(output.request_id), "emovec", None)
                 if collector is not None:
-                    collector.add(chunks)
+                    collector.add(news["scores"])
+                    collector.events += news["events"]
         return process(self, outputs, *args, **kwargs)
 
     @functools.wraps(complete)
@@ -120,7 +124,8 @@ def _share(front: _Front) -> None:
         output = complete(self, token_ids, finish_reason, stop_reason)
         collector = getattr(self, "emovec", None)
         if collector is not None and finish_reason is not None:
-            output.reading = collector.reading(self.detokenizer.output_token_ids)
+            output.reading = collector.reading(self.detokenizer.output_token_ids) if collector.shown else None
+            output.events = tuple(collector.events)
         return output
 
     def collect(self: Any, request: Any, prompt: Any, parent: Any = None, index: int = 0, queue: Any = None) -> None:
@@ -132,8 +137,8 @@ def _share(front: _Front) -> None:
     def keep(self: Any, following: Any, aggregate: bool) -> None:
         for completion in following.outputs:
             for known in self.outputs:
-                if known.index == completion.index and completion.reading is not None:
-                    known.reading = completion.reading
+                if known.index == completion.index and completion.finish_reason is not None:
+                    known.reading, known.events = completion.reading, completion.events
 
     SamplingParams.from_optional = staticmethod(checked)
     OutputProcessor.process_outputs = process_outputs

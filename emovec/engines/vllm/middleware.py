@@ -1,4 +1,4 @@
-"""``--middleware emovec.engines.vllm.middleware.Middleware``: ``"emotion_bias"`` and ``"emotion_scores"`` at the top of a request.
+"""``--middleware emovec.engines.vllm.middleware.Middleware``: ``"emotion_bias"`` and its like at the top of a request.
 
 It moves them to where vLLM looks for extra arguments, and puts the scores into the answer, also when that streams. Requests
 without them pass through as they are.
@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from emovec.engines.vllm.replies import KEY, Reply
-from emovec.engines.vllm.requests import BIAS, SCORES, asks
+from emovec.engines.vllm.requests import BIAS, FIELDS, GUARD, SCORES, asks
 
 _SCORED = ("/v1/chat/completions", "/v1/completions")
 _PATHS = (*_SCORED, "/v1/responses", "/v1/messages")
@@ -41,12 +41,12 @@ class Middleware:
             await _refuse(send, "the request is not a JSON object that can be read")
             return
         if request.get("use_beam_search"):
-            await _refuse(send, f"{BIAS} and {SCORES} cannot be used with beam search: its beams are prompts of their own")
+            await _refuse(send, f"{', '.join(FIELDS)} cannot be used with beam search: its beams are prompts of their own")
             return
         if args.get(SCORES) and not scope["path"].endswith(_SCORED):
             await _refuse(send, f"{SCORES} can be asked for at {' and '.join(_SCORED)} alone")
             return
-        if not args.get(SCORES):
+        if not (args.get(SCORES) or args.get(GUARD)):
             await self._app(*_rewritten(scope, request, args, receive), send)
             return
         several = scope["path"].endswith("/v1/completions")
@@ -98,9 +98,7 @@ class _Answer:
         if not isinstance(choices, list) or not choices:
             return data
         for choice in choices:
-            news = self._reply.news(choice.get("index", 0))
-            if news:
-                choice[SCORES] = news
+            choice.update(self._reply.news(choice.get("index", 0)))
         return json.dumps(answer, ensure_ascii=False).encode()
 
 
@@ -109,7 +107,7 @@ def _arguments(request: dict[str, Any]) -> dict[str, Any] | None:
     extra = request.get("vllm_xargs")
     extra = dict(extra) if isinstance(extra, dict) else {}
     extra.pop(KEY, None)
-    for name in (BIAS, SCORES):
+    for name in FIELDS:
         value = request.get(name)
         if value is not None and value is not False:
             extra[name] = value if isinstance(value, str) else json.dumps(value)
@@ -117,7 +115,7 @@ def _arguments(request: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _rewritten(scope: Any, request: dict[str, Any], args: dict[str, Any], receive: _Receive) -> tuple[Any, _Receive]:
-    changed = {name: value for name, value in request.items() if name not in (BIAS, SCORES)} | {"vllm_xargs": args}
+    changed = {name: value for name, value in request.items() if name not in FIELDS} | {"vllm_xargs": args}
     body = json.dumps(changed).encode()
     headers = [(name, value) for name, value in scope["headers"] if name.lower() not in (b"content-length", b"transfer-encoding")]
     scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
+from emovec.engines.vllm.requests import SCORES
 from emovec.engines.vllm.scores import Collector
 
 KEY = "emotion_reply"
+EVENTS = "emotion_events"
 _PROMPT = re.compile(r"-(\d+)$")
 
 
@@ -18,9 +20,15 @@ class _Choice:
     collector: Collector
     top: int | None
     sent: int = 0
+    told: int = 0
 
-    def news(self) -> list[dict[str, Any]]:
-        """The tokens since the last call."""
+    def news(self) -> dict[str, list[dict[str, Any]]]:
+        """The tokens' scores and the guard's events since the last call."""
+        events, self.told = self.collector.events[self.told :], len(self.collector.events)
+        news = {SCORES: self._scores(), EVENTS: events}
+        return {key: found for key, found in news.items() if found}
+
+    def _scores(self) -> list[dict[str, Any]]:
         found = []
         for position, kind, scores in self.collector.after(self.sent):
             self.sent = position + 1
@@ -48,8 +56,8 @@ class Reply:
         prompt = _PROMPT.search(request) if self._several else None  # completions number their prompts
         self.choices[index + count * (int(prompt.group(1)) if prompt else 0)] = _Choice(collector, top)
 
-    def news(self, choice: int) -> list[dict[str, Any]]:
-        return self.choices[choice].news() if choice in self.choices else []
+    def news(self, choice: int) -> dict[str, list[dict[str, Any]]]:
+        return self.choices[choice].news() if choice in self.choices else {}
 
 
 _open: dict[str, Reply] = {}

@@ -1,6 +1,6 @@
-"""What a request may carry, checked before it reaches the engine: ``emotion_bias`` and ``emotion_scores``.
+"""What a request may carry, checked before it reaches the engine: ``emotion_bias``, ``emotion_scores`` and ``emotion_guard``.
 
-In Python both are values in ``SamplingParams.extra_args``. Over HTTP ``vllm_xargs`` becomes ``extra_args``; its values are text
+In Python they are values in ``SamplingParams.extra_args``. Over HTTP ``vllm_xargs`` becomes ``extra_args``; its values are text
 and numbers, so a steering value is JSON text there, or flat keys such as ``"emotion_bias.calm": 0.05``.
 """
 
@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 
-from emovec.allotment import parsed
+from emovec.allotment import combined, parsed
 from emovec.bank_layer import nearest, shown
+from emovec.engines.vllm import guard
 from emovec.engines.vllm.config import Config
 from emovec.engines.vllm.rows import ROWS_OF_ONE, Rows
 from emovec.engines.vllm.scores import SCOPES
 from emovec.ops import Table
 from emovec.steer import MAX_JSON, Steering, SteeringError, unique_keys
 
-BIAS, SCORES = "emotion_bias", "emotion_scores"
+BIAS, SCORES, GUARD = "emotion_bias", "emotion_scores", "emotion_guard"
+FIELDS = (BIAS, SCORES, GUARD)
 ADMITTED = "emovec"
 """The key of ``extra_args`` under which an admitted request says what is to be done, for the engine alone."""
 _SCORE_KEYS = ("on", "concepts", "top")
@@ -39,10 +41,11 @@ class Admission:
     Args:
         config: the configuration.
         dtype: of the model's activations, in which rules must be solvable.
+        tokenizer: for the text of refusals.
     """
 
-    def __init__(self, config: Config, dtype: torch.dtype) -> None:
-        self.config = config
+    def __init__(self, config: Config, dtype: torch.dtype, tokenizer: Any = None) -> None:
+        self.config, self._tokenizer = config, tokenizer
         self._operands = {index: config.bank[index].operands("cpu", dtype) for index in config.steer_layers}
         self._digest = _digest(config)
         self._known: OrderedDict[str, dict[str, Any]] = OrderedDict()
@@ -53,10 +56,11 @@ class Admission:
         Raises:
             RequestError, SteeringError: naming the entry, with the nearest known names.
         """
-        if not extra_args or not (ADMITTED in extra_args or asks(extra_args)):
+        extra_args = extra_args or {}
+        if not (ADMITTED in extra_args or asks(extra_args) or self.config.guard):
             return None
         if ADMITTED in extra_args:
-            raise RequestError(f"extra argument {ADMITTED!r} is the engine's own; give {BIAS} and {SCORES}")
+            raise RequestError(f"extra argument {ADMITTED!r} is the engine's own; give {', '.join(FIELDS)}")
         admitted: dict[str, Any] = {}
         steering = self._steering(extra_args)
         if steering:
@@ -64,6 +68,9 @@ class Admission:
         scores = extra_args.get(SCORES)
         if scores is not None and scores is not False:
             admitted["scores"] = self._scores(scores)
+        thresholds = self._guard(extra_args.get(GUARD), steering)
+        if thresholds:
+            admitted["guard"] = thresholds
         return admitted or None
 
     def _steering(self, extra_args: Mapping[str, Any]) -> Steering:
@@ -81,6 +88,23 @@ class Admission:
         found = parsed(value, names, profiles)
         assert isinstance(found, Steering)
         return found
+
+    def _guard(self, value: Any, steering: Steering) -> list[dict[str, Any]]:
+        """The server's thresholds and the request's, each with what its action needs."""
+        if _is_json(value):
+            value = _json(value, GUARD)
+        own = () if value is None or value is False else guard.parse(value, self.config.bank)
+        return [guard.packed(watched, **self._made(watched, steering)) for watched in (*self.config.guard, *own)]
+
+    def _made(self, watched: guard.Watched, steering: Steering) -> dict[str, Any]:
+        if watched.do == "refuse":
+            if self._tokenizer is None:
+                raise RequestError(f"{GUARD}: without a tokenizer a request cannot be refused in words")
+            return {"tokens": list(self._tokenizer(watched.text, add_special_tokens=False)["input_ids"])}
+        if watched.do == "steer":
+            solved = self._solved(combined(steering, Steering.parse(watched.value, self.config.bank.names)))
+            return {"steer": solved["steer"], "key": solved["key"]}
+        return {}
 
     def _solved(self, steering: Steering) -> dict[str, Any]:
         """The value as the engine gets it, and the keys of the cache blocks it touches; kept for the next request like it."""
@@ -134,7 +158,7 @@ class Admission:
 
 def asks(extra_args: Mapping[str, Any] | None) -> bool:
     """Whether there is something for emovec in what a client sent."""
-    return bool(extra_args) and any(key.split(".")[0] in (BIAS, SCORES) for key in extra_args or ())
+    return bool(extra_args) and any(key.split(".")[0] in FIELDS for key in extra_args or ())
 
 
 def _digest(config: Config) -> str:

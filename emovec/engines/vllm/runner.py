@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emovec.bank import Bank
 from emovec.engines.vllm import op
 from emovec.engines.vllm.config import Config
+from emovec.engines.vllm.guard import weights
 from emovec.engines.vllm.requests import ADMITTED
 from emovec.engines.vllm.rows import ROWS_OF_ONE, Rows
 from emovec.engines.vllm.scores import Chunk, Scorer, Wanted
@@ -22,33 +24,49 @@ from emovec.models import decoder_layers
 from emovec.ops import Table
 from emovec.tap import persistent
 
-OUTPUT = "emovec_scores"
-"""The attribute of a ModelRunnerOutput that holds the step's chunks by request."""
+OUTPUT, WATCHED = "emovec_scores", "emovec_watched"
+"""The attributes of a ModelRunnerOutput that hold the step's chunks by request: scores that were asked for, values that a guard watches."""
+OVERLAYS = "emovec_overlays"
+"""The attribute of a SchedulerOutput that says what a guard lays over requests: name -> (from which position on, value)."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Request:
-    """steer: the value in JSON, or None. wanted: the scores, or None."""
+    """steer: the value in JSON, or None. overlay: (from which position on, the value there). wanted: the scores, or None.
+
+    watched: [K, thresholds], from scores to the values that a guard watches, or None.
+    """
 
     steer: str | None
     wanted: Wanted | None
+    watched: Tensor | None = None
+    overlay: tuple[int, str] | None = None
 
     @classmethod
-    def of(cls, admitted: Mapping[str, Any]) -> _Request:
+    def of(cls, admitted: Mapping[str, Any], bank: Bank) -> _Request:
         scores = admitted.get("scores")
         concepts = None if scores is None or scores["concepts"] is None else tuple(scores["concepts"])
-        return cls(admitted.get("steer"), None if scores is None else Wanted(scores["on"], concepts))
+        watched = weights(admitted["guard"], bank) if "guard" in admitted else None
+        return cls(admitted.get("steer"), None if scores is None else Wanted(scores["on"], concepts), watched)
+
+    def values(self, position: int, count: int) -> list[tuple[int, int, str | None]]:
+        """(from, to, value) of the tokens at ``position`` to ``position + count``."""
+        end = position + count
+        if self.overlay is None:
+            return [(position, end, self.steer)]
+        at = min(max(self.overlay[0], position), end)
+        return [(position, at, self.steer), (at, end, self.overlay[1])]
 
 
 @dataclass(frozen=True)
 class _Pick:
-    """Tokens of one request whose scores are taken: ``count`` from position ``start`` on, ``prompt`` of them of the prompt."""
+    """Tokens of one request whose scores are taken: ``count`` from position ``start`` on; those before ``prompt`` are of the prompt."""
 
-    request: str
+    name: str
+    request: _Request
     start: int
     count: int
     prompt: int
-    concepts: tuple[int, ...] | None
 
 
 class Runner:
@@ -67,7 +85,7 @@ class Runner:
             row = persistent(torch.full((runner.max_num_tokens,), -1, dtype=torch.int32, device=device))
             self.scores = persistent(torch.zeros(len(config.layers), runner.max_num_tokens, len(config.bank.names), device=device))
             operands = {index: config.bank[index].operands(device, dtype) for index in config.hooked}
-            room = ROWS_OF_ONE * runner.max_num_reqs
+            room = 2 * ROWS_OF_ONE * runner.max_num_reqs  # a request has one value, and one more once a guard has steered it
             tables = {index: Table.empty(room, config.bank.width, device=device) for index in config.steer_layers}
         for tensors in (*map(vars, operands.values()), *map(vars, tables.values())):
             for tensor in tensors.values():
@@ -110,7 +128,10 @@ class Runner:
         for new in scheduled.scheduled_new_reqs:
             admitted = ((new.sampling_params and new.sampling_params.extra_args) or {}).get(ADMITTED)
             if admitted is not None:
-                self._requests[new.req_id] = _Request.of(admitted)
+                self._requests[new.req_id] = _Request.of(admitted, self.config.bank)
+        for name, overlay in getattr(scheduled, OVERLAYS, {}).items():
+            if name in self._requests:
+                self._requests[name].overlay = overlay
 
     def prepare(self, counts: Any) -> None:
         """Rows and scores of the coming pass, in which the batch's requests have ``counts`` [requests] tokens.
@@ -130,19 +151,20 @@ class Runner:
                 continue  # preempted, or not scheduled in this step
             first, count = int(starts[index]), int(counts[index])
             position, prompt = int(batch.num_computed_tokens_cpu[index]), int(batch.num_prompt_tokens[index])
-            split = min(max(prompt - position, 0), count)
-            if request.steer is not None:
-                of_prompt, of_generated = self.rows.of(request.steer, self._count)
-                self._row[first : first + split] = of_prompt
-                self._row[first + split : first + count] = of_generated
-                self._written = max(self._written, first + count)
-            if request.wanted is not None:
-                begin, end = request.wanted.span(position, count, prompt)
-                if begin < end:
-                    kinds = min(max(split - begin, 0), end - begin)
-                    self._picks.append(_Pick(name, position + begin, end - begin, kinds, request.wanted.concepts))
-                    self._pick[picked : picked + end - begin] = torch.arange(first + begin, first + end)
-                    picked += end - begin
+            for begin, end, value in request.values(position, count):
+                if value is not None and begin < end:
+                    of_prompt, of_generated = self.rows.of(value, self._count)
+                    split = min(max(prompt, begin), end)
+                    self._row[first + begin - position : first + split - position] = of_prompt
+                    self._row[first + split - position : first + end - position] = of_generated
+                    self._written = max(self._written, first + end - position)
+            begin, end = 0, count
+            if request.watched is None:
+                begin, end = (0, 0) if request.wanted is None else request.wanted.span(position, count, prompt)
+            if begin < end:
+                self._picks.append(_Pick(name, request, position + begin, end - begin, prompt))
+                self._pick[picked : picked + end - begin] = torch.arange(first + begin, first + end)
+                picked += end - begin
         copied = max(written, self._written)
         if copied:
             self.step.row[:copied].copy_(self._row[:copied], non_blocking=True)
@@ -168,21 +190,31 @@ class Runner:
         def attach(output: Any) -> None:
             if event is not None:
                 event.synchronize()
-            setattr(output, OUTPUT, self._chunks(picks, copy))
+            self._attach(output, picks, copy)
 
         if hasattr(result, "get_output"):
             result.get_output = _after(result.get_output, lambda output: attach(output))
         else:
             attach(result)
 
-    def _chunks(self, picks: list[_Pick], raw: Tensor) -> dict[str, Chunk]:
-        chunks, first = {}, 0
+    def _attach(self, output: Any, picks: list[_Pick], raw: Tensor) -> None:
+        chunks: dict[str, Chunk] = {}
+        watched: dict[str, Chunk] = {}
+        first = 0
         for pick in picks:
-            scores = self._scorer(raw[:, first : first + pick.count], pick.prompt)
+            of_prompt = min(max(pick.prompt - pick.start, 0), pick.count)
+            scores = self._scorer(raw[:, first : first + pick.count], of_prompt)
             first += pick.count
-            columns = scores if pick.concepts is None else scores[:, list(pick.concepts)]
-            chunks[pick.request] = Chunk(pick.start, columns.numpy())
-        return chunks
+            request, wanted = pick.request, pick.request.wanted
+            if request.watched is not None:
+                watched[pick.name] = Chunk(pick.start, (scores @ request.watched).numpy())
+            if wanted is not None:
+                begin, end = wanted.span(pick.start, pick.count, pick.prompt)
+                if begin < end:
+                    columns = scores[begin:end] if wanted.concepts is None else scores[begin:end, list(wanted.concepts)]
+                    chunks[pick.name] = Chunk(pick.start + begin, columns.numpy())
+        setattr(output, OUTPUT, chunks)
+        setattr(output, WATCHED, watched)
 
 
 def _after(call: Callable[..., Any], then: Callable[..., None], *, first: bool = False) -> Callable[..., Any]:

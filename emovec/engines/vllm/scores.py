@@ -96,6 +96,8 @@ class Collector:
         concepts = range(len(bank.names)) if wanted.concepts is None else wanted.concepts
         self.names = tuple(bank.names[row] for row in concepts)
         self._rows: dict[int, Any] = {}
+        self.events: list[dict[str, Any]] = []  # what a guard did
+        self.shown = True  # whether there is to be a reading
 
     def add(self, chunks: Iterable[Sequence[Any]]) -> None:
         for chunk in map(Chunk.unpacked, chunks):
