@@ -55,7 +55,7 @@ def engine(**given):
     )
     text = SimpleNamespace(model_type="made-up", hidden_size=32, num_hidden_layers=6)
     model = SimpleNamespace(runner_type="generate", is_encoder_decoder=False, hf_text_config=text)
-    defaults = {"use_v2_model_runner": False, "speculative_config": None, "parallel_config": parallel, "model_config": model}
+    defaults = {"speculative_config": None, "parallel_config": parallel, "model_config": model}
     return SimpleNamespace(**{**defaults, **given})
 
 
@@ -101,7 +101,6 @@ def test_a_wrong_configuration_says_what_is_wrong(saved, given, said):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
         ({"speculative_config": object()}, "speculative"),
         ({"model_config": SimpleNamespace(runner_type="pooling", is_encoder_decoder=False)}, "pooling"),
         ({"width": 64}, "residual width"),
@@ -261,7 +260,7 @@ def test_what_a_guard_lays_over_a_request_has_its_own_rows_and_keys(served, admi
     runner, ours, _ = served
     base, over = (admission.admit({"emotion_bias": {"calm": strength}}) for strength in (0.1, 0.2))
     step(runner, {"a": (0, 6, 4)}, [new("a", base)])
-    runner._update_states(SimpleNamespace(finished_req_ids=set(), scheduled_new_reqs=[], emovec_overlays={"a": (8, over["steer"])}))
+    runner.execute_model(SimpleNamespace(finished_req_ids=set(), scheduled_new_reqs=[], emovec_overlays={"a": (8, over["steer"])}))
     step(runner, {"a": (6, 4, 4)})
     first, second = ours.rows.of(base["steer"], 0)[1], ours.rows.of(over["steer"], 0)[1]
     assert ours.step.row.tolist() == [first] * 2 + [second] * 2 + [-1] * 60
@@ -425,7 +424,7 @@ class FakeRunner:
     def get_model(self):
         return self.model
 
-    def _update_states(self, scheduled):
+    def execute_model(self, scheduled):
         pass
 
     def _prepare_inputs(self, scheduled, counts):
@@ -455,7 +454,7 @@ def new(name, admitted):
 
 def step(runner, batch, arrivals=(), gone=()):
     """One step of requests name -> (computed, scheduled, prompt)."""
-    runner._update_states(SimpleNamespace(finished_req_ids=set(gone), scheduled_new_reqs=list(arrivals)))
+    runner.execute_model(SimpleNamespace(finished_req_ids=set(gone), scheduled_new_reqs=list(arrivals)))
     runner.input_batch.req_id_to_index = {name: index for index, name in enumerate(batch)}
     for index, (computed, _, prompt) in enumerate(batch.values()):
         runner.input_batch.num_computed_tokens_cpu[index] = computed
@@ -484,6 +483,57 @@ def test_every_token_has_the_row_of_its_request_and_kind(served, admission):
     step(runner, {"b": (9, 1, 4)}, gone=["a"])
     assert ours.counts()["requests"] == 0
     assert ours.step.row.eq(-1).all()
+
+
+class StateOfV2:
+    def prepare_inputs(self, batch, states):
+        return {}
+
+
+def step_v2(runner, batch, arrivals=(), gone=()):
+    """The same of a V2 runner: requests keep a slot of their own, and the batch is in any order."""
+    runner.execute_model(SimpleNamespace(finished_req_ids=set(gone), scheduled_new_reqs=list(arrivals)))
+    slots = {name: 7 - sum(map(ord, name)) % 8 for name in batch}
+    lengths = np.zeros(8, dtype=np.int32)
+    for name, (_, _, prompt) in batch.items():
+        lengths[slots[name]] = prompt
+    computed, counts, _ = (np.array(column, dtype=np.int32) for column in zip(*batch.values(), strict=True))
+    made = SimpleNamespace(
+        req_ids=list(batch),
+        idx_mapping_np=np.array(list(slots.values())),
+        query_start_loc_np=np.concatenate([[0], np.cumsum(counts)]),
+        num_scheduled_tokens=counts,
+        num_computed_tokens_np=computed,
+    )
+    assert runner.model_state.prepare_inputs(made, SimpleNamespace(prompt_len=SimpleNamespace(np=lengths))) == {}
+
+
+def test_a_v2_runner_gives_the_same_rows(settings, admission):
+    runner = FakeRunner(Model())
+    runner.model_state = StateOfV2()
+    ours = Runner(runner, settings)
+    ours.install()
+    try:
+        steered = admission.admit(
+            {"emotion_bias": {"calm": {"add": 0.1, "on": "prompt"}, "angry": {"at_most": 0.5}}, "emotion_scores": True}
+        )
+        later = admission.admit({"emotion_bias": "steady"})
+        step_v2(runner, {"a": (0, 5, 8), "b": (0, 4, 4), "c": (2, 4, 4)}, [new("a", steered), new("b", None), new("c", later)])
+        prompt, generated = ours.rows.of(steered["steer"], 0)
+        after = ours.rows.of(later["steer"], 0)[1]
+        assert ours.step.row.tolist() == [prompt] * 5 + [-1] * 4 + [-1, -1, after, after] + [-1] * 51
+        overlay = {"a": (9, later["steer"])}
+        runner.execute_model(SimpleNamespace(finished_req_ids=set(), scheduled_new_reqs=[], emovec_overlays=overlay))
+        step_v2(runner, {"c": (6, 1, 4), "a": (5, 5, 8)})
+        assert ours.step.row.tolist() == [after] + [prompt] * 3 + [generated, after] + [-1] * 58
+        step_v2(runner, {"b": (4, 1, 4), "a": (0, 10, 8)}, [new("a", steered)], gone=["c"])  # preempted, and back
+        assert ours.step.row.tolist() == [-1] + [prompt] * 8 + [generated, after] + [-1] * 53
+        assert getattr(runner.sample_tokens(None), OUTPUT)["a"].start == 8
+        step_v2(runner, {"_dummy_req_0": (0, 16, 16)}, gone=["a"])
+        assert ours.step.row.eq(-1).all()
+    finally:
+        op.TAPS.clear()
+        op._owner = None
 
 
 def test_the_hooked_model_reads_and_steers_the_sum_of_both_tensors(served, admission, bank):

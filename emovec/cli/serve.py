@@ -63,7 +63,7 @@ def serve(
     named = [] if source == model or "--served-model-name" in context.args else ["--served-model-name", model]
     flags = ["--additional-config", json.dumps({"emovec": config}), "--middleware", MIDDLEWARE]
     command = [sys.executable, "-m", *_server(source), *named, *flags, *context.args]
-    setting = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # the runner that the plugin knows
+    setting: dict[str, str] = {}
     if os.environ.get("VLLM_PLUGINS") is not None and "emovec" not in os.environ["VLLM_PLUGINS"].split(","):
         setting["VLLM_PLUGINS"] = f"{os.environ['VLLM_PLUGINS']},emovec"
     err.print(" ".join([*(f"{name}={value}" for name, value in setting.items()), shlex.join(command)]), markup=False, soft_wrap=True)

@@ -91,7 +91,6 @@ def check(vllm_config: Any, version: str) -> None:
         raise ConfigError(f"emovec supports vLLM {', '.join(SUPPORTED)}, this is {version}; without its configuration vLLM runs as usual")
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     refused = {
-        "the V2 model runner (set VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,
         "speculative decoding": vllm_config.speculative_config is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism": parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1,

@@ -1,7 +1,8 @@
-"""The V1 model runner's side: which rows a step's tokens have, and which scores are taken from it.
+"""The model runner's side: which rows a step's tokens have, and which scores are taken from it.
 
-Everything follows from the batch's own metadata at every step: a request's tokens by ``query_start_loc``, their kind by their
+Everything follows from the batch's own metadata at every step: a request's tokens by where they start, their kind by their
 position against the length of the prompt. So chunks of a prompt, preemption and a changed order of requests need nothing more.
+``install`` finds that metadata in vLLM's V1 and V2 runners.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class _Pick:
 
 
 class Runner:
-    """What emovec does in one V1 model runner.
+    """What emovec does in one model runner.
 
     Args:
         runner: vLLM's, with its model loaded and not yet compiled.
@@ -94,6 +95,7 @@ class Runner:
         self._row = torch.full(row.shape, -1, dtype=torch.int32, pin_memory=pinned)  # the host's copy
         self._pick = torch.zeros(row.shape, dtype=torch.int64, pin_memory=pinned)
         self._picked = torch.zeros(row.shape, dtype=torch.int64, device=device)
+        self._copied = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
         self._written = 0  # tokens that may have a row on the device
         # a graph that was captured does what it was captured with: then every pass reads and looks at its rows
         self._always = device.type == "cuda" and not runner.model_config.enforce_eager
@@ -111,9 +113,23 @@ class Runner:
     def install(self) -> None:
         """Take part in the runner's steps."""
         runner = self._runner
-        runner._update_states = _after(runner._update_states, lambda result, scheduled: self.follow(scheduled), first=True)
-        runner._prepare_inputs = _after(runner._prepare_inputs, lambda result, scheduled, counts: self.prepare(counts))
+        runner.execute_model = _after(runner.execute_model, lambda _, scheduled, *args, **kwargs: self.follow(scheduled), first=True)
         runner.sample_tokens = _after(runner.sample_tokens, lambda result, *args: self.deliver(result))
+        if hasattr(runner, "model_state"):
+            state = runner.model_state
+            state.prepare_inputs = _after(state.prepare_inputs, lambda _, *given: self._prepare_v2(*given))
+        else:
+            runner._prepare_inputs = _after(runner._prepare_inputs, lambda _, scheduled, counts: self._prepare_v1(counts))
+
+    def _prepare_v1(self, counts: Any) -> None:
+        batch = self._runner.input_batch
+        starts = self._runner.query_start_loc.np
+        self.prepare(batch.req_id_to_index, starts, counts, batch.num_computed_tokens_cpu, batch.num_prompt_tokens)
+
+    def _prepare_v2(self, batch: Any, states: Any) -> None:
+        places = {name: place for place, name in enumerate(batch.req_ids)} if self._requests else {}
+        prompts = states.prompt_len.np[batch.idx_mapping_np]
+        self.prepare(places, batch.query_start_loc_np, batch.num_scheduled_tokens, batch.num_computed_tokens_np, prompts)
 
     def counts(self) -> dict[str, int]:
         """How many requests of ours are known, and steering values in the table. Values stay until their rows are needed."""
@@ -127,30 +143,37 @@ class Runner:
             self._requests.pop(request, None)
         for new in scheduled.scheduled_new_reqs:
             admitted = ((new.sampling_params and new.sampling_params.extra_args) or {}).get(ADMITTED)
-            if admitted is not None:
+            if admitted is not None and new.req_id not in self._requests:  # V2 brings what it has preempted as new
                 self._requests[new.req_id] = _Request.of(admitted, self.config.bank)
         for name, overlay in getattr(scheduled, OVERLAYS, {}).items():
             if name in self._requests:
                 self._requests[name].overlay = overlay
 
-    def prepare(self, counts: Any) -> None:
-        """Rows and scores of the coming pass, in which the batch's requests have ``counts`` [requests] tokens.
+    def prepare(self, places: Mapping[str, int], starts: Any, counts: Any, computed: Any, prompts: Any) -> None:
+        """Rows and scores of the coming pass.
 
         Without a request of ours in this step and the one before nothing is written and nothing copied.
+
+        Args:
+            places: request -> its place in the batch.
+            starts: [requests], where each request's tokens start in the pass.
+            counts: [requests], how many they are.
+            computed: [requests], how many tokens of each have been computed before, which is the position of its first.
+            prompts: [requests], the lengths of their prompts.
         """
         self._count += 1
         self._picks = []
-        batch, starts = self._runner.input_batch, self._runner.query_start_loc.np
+        if self._copied is not None:
+            self._copied.synchronize()  # the host's copies are still being read until then
         written = self._written
         self._row[:written] = -1
         self._written = 0
         picked = 0
         for name, request in self._requests.items():
-            index = batch.req_id_to_index.get(name)
-            if index is None:
+            place = places.get(name)
+            if place is None:
                 continue  # preempted, or not scheduled in this step
-            first, count = int(starts[index]), int(counts[index])
-            position, prompt = int(batch.num_computed_tokens_cpu[index]), int(batch.num_prompt_tokens[index])
+            first, count, position, prompt = (int(column[place]) for column in (starts, counts, computed, prompts))
             for begin, end, value in request.values(position, count):
                 if value is not None and begin < end:
                     of_prompt, of_generated = self.rows.of(value, self._count)
@@ -170,6 +193,8 @@ class Runner:
             self.step.row[:copied].copy_(self._row[:copied], non_blocking=True)
         if picked:
             self._picked[:picked].copy_(self._pick[:picked], non_blocking=True)
+        if self._copied is not None and (copied or picked):
+            self._copied.record()
         self.step.steers = self._always or self._written > 0
         self.step.reads = self._always or bool(self._picks)
 
