@@ -83,8 +83,9 @@ def test_a_request_is_refused_in_words(engine, oracle):
     output, other = generate(engine, [ids, ids], [params(extra_args={"emotion_guard": guard}), params()])
     expected, _ = guarded(oracle, ids, Threshold(concept, above, Refuse(REFUSAL), hold=1, **PLAIN))
     refusal = oracle.tokenizer(REFUSAL, add_special_tokens=False)["input_ids"]
-    assert list(output.token_ids) == oracle.run(ids, None, 12)[0][: token + 1] + refusal
-    assert list(output.token_ids) == expected[: len(output.token_ids)]
+    assert list(output.token_ids) == oracle.run(ids, None, 12)[0][: token + 1] + refusal + [oracle.tokenizer.eos_token_id]
+    until = token + 1 + len(refusal)
+    assert list(output.token_ids)[:until] == expected[:until]
     assert output.text.endswith(REFUSAL)
     oracle.check(ids, None, other)
 

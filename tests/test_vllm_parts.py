@@ -188,14 +188,19 @@ def test_scores_that_cannot_be_given_are_refused(admission, scores):
 # --- the guard ----------------------------------------------------------------------------------------------------
 
 
-def words(text, add_special_tokens):
-    assert not add_special_tokens
-    return {"input_ids": [len(word) for word in text.split()]}
+class Words:
+    """A tokenizer whose token is the length of a word."""
+
+    eos_token_id = 99
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [len(word) for word in text.split()]}
 
 
 def test_thresholds_of_the_server_and_of_a_request(settings):
     on_server = guard.parse([{"of": "hostile", "above": 3}], settings.bank)
-    admission = Admission(replace(settings, guard=on_server), torch.float32, words)
+    admission = Admission(replace(settings, guard=on_server), torch.float32, Words())
     assert [one["do"] for one in admission.admit(None)["guard"]] == ["stop"]
     mine = [
         {"of": {"desperate": 1, "calm": -0.5}, "above": 2, "hold": 1, "on": "generated", "do": {"refuse": "I would rather not"}},
@@ -203,7 +208,7 @@ def test_thresholds_of_the_server_and_of_a_request(settings):
     ]
     for value in (mine, json.dumps(mine)):
         first, second, third = admission.admit({"emotion_guard": value, "emotion_bias": {"angry": 0.1, "calm": -0.1}})["guard"]
-        assert (first["of"], second["tokens"]) == ("hostile", [1, 5, 6, 3])
+        assert (first["of"], second["tokens"]) == ("hostile", [1, 5, 6, 3, 99])
         assert third["steer"] == Steering.parse({"angry": 0.1, "calm": 0.1}, NAMES).to_json()
         assert third["key"] != admission.admit({"emotion_bias": {"angry": 0.1, "calm": -0.1}})["key"]
     weights = guard.weights([second, third], settings.bank)
@@ -231,7 +236,7 @@ def test_thresholds_of_the_server_and_of_a_request(settings):
 )
 def test_thresholds_that_mean_nothing_are_refused(settings, value, said):
     with pytest.raises(ValueError, match=said):
-        Admission(settings, torch.float32, words).admit({"emotion_guard": value})
+        Admission(settings, torch.float32, Words()).admit({"emotion_guard": value})
 
 
 def test_a_threshold_without_a_baseline_is_refused():

@@ -100,7 +100,9 @@ class Admission:
         if watched.do == "refuse":
             if self._tokenizer is None:
                 raise RequestError(f"{GUARD}: without a tokenizer a request cannot be refused in words")
-            return {"tokens": list(self._tokenizer(watched.text, add_special_tokens=False)["input_ids"])}
+            # the last token of what is stopped is taken for the one that stops it, and not shown
+            ending = [self._tokenizer.eos_token_id or 0]
+            return {"tokens": [*self._tokenizer(watched.text, add_special_tokens=False)["input_ids"], *ending]}
         if watched.do == "steer":
             solved = self._solved(combined(steering, Steering.parse(watched.value, self.config.bank.names)))
             return {"steer": solved["steer"], "key": solved["key"]}
