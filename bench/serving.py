@@ -18,6 +18,7 @@ import statistics
 import time
 from typing import Any
 
+import pages
 import provenance
 from vllm import LLM, SamplingParams
 
@@ -70,7 +71,23 @@ def main() -> None:
         print(number, {name: round(1e3 * found[-1], 3) for name, found in steps.items() if found}, flush=True)
     results = {name: summary(found, steps["absent"]) for name, found in steps.items()}
     print(json.dumps(results, indent=1))
-    provenance.write(o.name, {"options": vars(o), "threads": os.environ.get("VLLM_CPU_OMP_THREADS_BIND"), "settings": results})
+    provenance.write(o.name, {"options": vars(o), "cpus": os.environ.get("VLLM_CPU_OMP_THREADS_BIND"), "settings": results})
+    if o.name == "serving":
+        write_table()
+
+
+def write_table() -> None:
+    """Put the committed results into the page."""
+    measured = provenance.read("serving")
+    o, settings = measured["results"]["options"], measured["results"]["settings"]
+    lines = ["| requests with | ms a step | to absent | middle half of rounds |", "|---|---|---|---|"]
+    for name, found in settings.items():
+        ratio, low, high = (f"{found[key]:.3f}" for key in ("ratio", "ratio_low_quarter", "ratio_high_quarter"))
+        lines.append(f"| {name} | {found['step_ms']:.1f} | {ratio} | {low} to {high} |")
+    mode = "eager" if o["eager"] else "compiled"
+    how = f"{o['model']}, {o['requests']} requests, {o['rounds']} rounds of {o['tokens']} tokens each, {mode}"
+    where = f"Measured by `python bench/serving.py` on {measured['provenance']['name']}, one thread; more in bench/results/serving.json."
+    pages.write(pages.DOCS / "serving.md", {"cost": "\n".join([*lines, "", f"{how}. {where}"])})
 
 
 def decode(engine: LLM, extra: list[Any], o: argparse.Namespace) -> float:

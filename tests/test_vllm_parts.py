@@ -601,7 +601,9 @@ def test_one_engine_in_a_process(served, settings):
 
 def test_layers_that_are_read_together_come_as_one(bank):
     raw = torch.randn(2, 6, len(NAMES))
-    scores = Scorer(bank, (2, 4))(raw, 4)
+    scorer, prompt = Scorer(bank, (2, 4)), torch.arange(6) < 4
+    scores = scorer(raw, prompt)
+    assert torch.equal(scores, torch.cat([scorer(raw[:, :4], prompt[:4]), scorer(raw[:, 4:], prompt[4:])]))
     assert torch.equal(scores[:4], raw[1, :4]), "the prompt's baseline is the one that the op scores with"
     prompt, generated = bank[4].baseline("prompt"), bank[4].baseline("generated")
     projection = raw[1, 4:] * prompt.std + prompt.mean

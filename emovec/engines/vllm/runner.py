@@ -223,20 +223,20 @@ class Runner:
             attach(result)
 
     def _attach(self, output: Any, picks: list[_Pick], raw: Tensor) -> None:
+        of_prompt = [position < pick.prompt for pick in picks for position in range(pick.start, pick.start + pick.count)]
+        scores = self._scorer(raw, torch.tensor(of_prompt))
         chunks: dict[str, Chunk] = {}
         watched: dict[str, Chunk] = {}
         first = 0
         for pick in picks:
-            of_prompt = min(max(pick.prompt - pick.start, 0), pick.count)
-            scores = self._scorer(raw[:, first : first + pick.count], of_prompt)
+            request, wanted, own = pick.request, pick.request.wanted, scores[first : first + pick.count]
             first += pick.count
-            request, wanted = pick.request, pick.request.wanted
             if request.watched is not None:
-                watched[pick.name] = Chunk(pick.start, (scores @ request.watched).numpy())
+                watched[pick.name] = Chunk(pick.start, (own @ request.watched).numpy())
             if wanted is not None:
                 begin, end = wanted.span(pick.start, pick.count, pick.prompt)
                 if begin < end:
-                    columns = scores[begin:end] if wanted.concepts is None else scores[begin:end, list(wanted.concepts)]
+                    columns = own[begin:end] if wanted.concepts is None else own[begin:end, list(wanted.concepts)]
                     chunks[pick.name] = Chunk(pick.start + begin, columns.numpy())
         setattr(output, OUTPUT, chunks)
         setattr(output, WATCHED, watched)

@@ -65,10 +65,13 @@ class Scorer:
         self._layer = bank.read_layer if bank.read_layer in layers else self._layers[-1]
         self.together = (self._layer,) if self._readout is None else self._readout.layers
 
-    def __call__(self, raw: Tensor, prompt: int) -> Tensor:
-        """[T, K] from the op's scores [layers, T, K], of which the first ``prompt`` tokens are of the prompt."""
-        parts = [self._of(raw[:, :prompt], "prompt"), self._of(raw[:, prompt:], "generated")]
-        return torch.cat(parts)
+    def __call__(self, raw: Tensor, prompt: Tensor) -> Tensor:
+        """[T, K] from the op's scores [layers, T, K], where ``prompt`` [T] tells which tokens are of a prompt."""
+        if not prompt.any():
+            return self._of(raw, "generated")
+        if prompt.all():
+            return self._of(raw, "prompt")
+        return torch.where(prompt[:, None], self._of(raw, "prompt"), self._of(raw, "generated"))
 
     def _of(self, raw: Tensor, kind: str) -> Tensor:
         scores = dict(zip(self._layers, raw, strict=True))
