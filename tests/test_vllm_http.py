@@ -167,6 +167,27 @@ def test_the_commands_of_the_page(server):
         assert text_of(post(server, prompt="My code fails again. I feel", **body))
 
 
+def counted(server):
+    lines = requests.get(f"{server}/metrics", timeout=10).text.splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line.startswith("emovec_"))}
+
+
+def test_metrics(server):
+    guard = [{"of": {"calm": 1, "angry": -1}, "above": -40, "hold": 1, "on": "generated"}]
+    before = counted(server)
+    assert post(server, prompt=[1, 2, 3], emotion_bias={"calm": 0.05}, emotion_scores=True, max_tokens=4, ignore_eos=True).ok
+    assert post(server, prompt=[1, 2, 3], emotion_bias={"clam": 0.05}).status_code == 400
+    assert post(server, prompt=[1, 2, 3], emotion_guard=guard, ignore_eos=True).ok
+    after = counted(server)
+    gained = {name: value - before.get(name, 0) for name, value in after.items() if "_created" not in name and value != before.get(name, 0)}
+    assert gained == {
+        "emovec_steered_requests_total": 1,
+        "emovec_refused_requests_total": 1,
+        "emovec_scored_tokens_total": 3,
+        'emovec_guard_events_total{do="stop",of="weighted sum"}': 1,
+    }
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_guard_refuses(server, stream):
     guard = [{"of": "calm", "above": -40, "hold": 1, "do": {"refuse": "No."}}]

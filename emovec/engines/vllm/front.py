@@ -12,7 +12,7 @@ from vllm.utils.async_utils import make_async
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from emovec.bank import Bank
-from emovec.engines.vllm import config, replies
+from emovec.engines.vllm import config, metrics, replies
 from emovec.engines.vllm.requests import ADMITTED, FIELDS, Admission
 from emovec.engines.vllm.scores import Collector, Scorer, Wanted
 from emovec.engines.vllm.seams import after
@@ -54,10 +54,13 @@ class _Front:
             if admitted is not None and params.logprobs is not None and any(one["do"] == "refuse" for one in admitted.get("guard", ())):
                 raise ValueError("a guard that refuses cannot be used with logprobs: the text of a refusal has none")
         except ValueError as error:
+            metrics.refused()
             raise RefusedError(str(error)) from None
         extra = params.extra_args or {}
         if admitted is None:
             return params
+        if "steer" in admitted:
+            metrics.steered()
         params = params.clone()
         ours = (*FIELDS, replies.KEY)
         params.extra_args = {key: value for key, value in extra.items() if key.split(".")[0] not in ours}
@@ -104,6 +107,7 @@ def _share(front: _Front) -> None:
         try:
             _front.admission.admit(kwargs.get("extra_args"))
         except ValueError as error:
+            metrics.refused()
             raise RefusedError(str(error)) from None
         return from_optional(*args, **kwargs)
 
@@ -115,8 +119,10 @@ def _share(front: _Front) -> None:
                 output.kv_transfer_params = output.kv_transfer_params or None
                 collector = getattr(self.request_states.get(output.request_id), "emovec", None)
                 if collector is not None:
-                    collector.add(news["scores"])
+                    metrics.scored(collector.add(news["scores"]))
                     collector.events += news["events"]
+                    for event in news["events"]:
+                        metrics.fired(collector.bank, event["of"], event["do"])
         return process(self, outputs, *args, **kwargs)
 
     @functools.wraps(complete)

@@ -95,16 +95,19 @@ class Collector:
     def __init__(
         self, bank: Bank, layers: Sequence[int], wanted: Wanted, prompt: int, ids: Sequence[int] | None, tokenizer: Any = None
     ) -> None:
-        self._bank, self._layers, self._prompt, self._ids, self._tokenizer = bank, tuple(layers), prompt, ids, tokenizer
+        self.bank, self._layers, self._prompt, self._ids, self._tokenizer = bank, tuple(layers), prompt, ids, tokenizer
         concepts = range(len(bank.names)) if wanted.concepts is None else wanted.concepts
         self.names = tuple(bank.names[row] for row in concepts)
         self._rows: dict[int, Any] = {}
         self.events: list[dict[str, Any]] = []  # what a guard did
         self.shown = True  # whether there is to be a reading
 
-    def add(self, chunks: Iterable[Sequence[Any]]) -> None:
+    def add(self, chunks: Iterable[Sequence[Any]]) -> int:
+        """Take chunks in; how many tokens are new."""
+        before = len(self._rows)
         for chunk in map(Chunk.unpacked, chunks):
             self._rows.update(zip(range(chunk.start, chunk.start + len(chunk.values)), chunk.values, strict=True))
+        return len(self._rows) - before
 
     def reading(self, generated: Sequence[int]) -> Reading:
         """The scores so far, where ``generated`` are the ids of the tokens that were written."""
@@ -123,11 +126,11 @@ class Collector:
             self.names,
             [self.kind(position) for position in positions],
             tokens,
-            self._layers[0] if one else self._bank.read_layer,
+            self._layers[0] if one else self.bank.read_layer,
             self._tokenizer,
-            self._bank.families,
+            self.bank.families,
             together=None if one else (self._layers, values),
-            calibrated=all(bool(self._bank[layer].baselines) for layer in self._layers),
+            calibrated=all(bool(self.bank[layer].baselines) for layer in self._layers),
             positions=range(first, first + len(positions)),
         )
 
