@@ -258,6 +258,8 @@ def test_a_watch_fires_as_a_guard_does(bank):
     assert (event.position, event.kind, event.of, event.value, event.do) == (3, "generated", "angry", 2.0, "steer")
     assert watch.see(Chunk(0, values[:4])) == [], "computed again after a preemption"
     (event,) = watch.see(Chunk(4, values[4:]))
+    ended = guard.Watch(given[:1], prompt=1).see(Chunk(1, np.array([[2], [2], [0], [2], [2]], np.float32)))
+    assert [event.position for event in ended] == [2], "what is stopped is not watched any more"
     assert event.shown() == {"position": 4, "kind": "generated", "of": "calm", "value": 2.0, "above": 1.0, "do": "stop"}
 
 

@@ -113,7 +113,7 @@ class Watch:
         self._seen = 0
 
     def see(self, chunk: Chunk) -> list[Event]:
-        """What fires at these tokens. Those that are computed again, after a preemption, have been seen."""
+        """What fires at these tokens, until something ends the request. Those that are computed again, after a preemption, have been seen."""
         events = []
         for position, values in enumerate(chunk.values.tolist(), chunk.start):
             if position < self._seen:
@@ -123,6 +123,8 @@ class Watch:
             for index, (one, course) in enumerate(zip(self._thresholds, self._courses, strict=True)):
                 if counts(one, kind, position) and course.fires(smoothed := course.smooth(values[index])):
                     events.append(Event(index, position, kind, one.label, smoothed, one.above, self.given[index]["do"]))
+            if any(event.do != "steer" for event in events):
+                break
         return events
 
 
