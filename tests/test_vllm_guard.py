@@ -30,11 +30,11 @@ def audit(tmp_path_factory):
     return tmp_path_factory.mktemp("audit") / "events.jsonl"
 
 
-@pytest.fixture(scope="module", params=["eager", "compiled"])
-def engine(request, audit):
+@pytest.fixture(scope="module")
+def engine(audit):
     on_server = [{"of": "hostile", "above": 45, "on": "generated"}]
     config = {"emovec": {"bank": NAME, "guard": on_server, "audit": str(audit)}}
-    with started(enforce_eager=request.param == "eager", additional_config=config) as engine:
+    with started(enforce_eager=True, additional_config=config) as engine:
         yield engine
 
 

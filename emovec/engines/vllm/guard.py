@@ -113,7 +113,7 @@ class Watch:
         self._seen = 0
 
     def see(self, chunk: Chunk) -> list[Event]:
-        """What fires at these tokens, until something ends the request. Those that are computed again, after a preemption, have been seen."""
+        """What fires at these tokens, until something ends the request. What is computed again after a preemption has been seen."""
         events = []
         for position, values in enumerate(chunk.values.tolist(), chunk.start):
             if position < self._seen:
