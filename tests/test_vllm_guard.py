@@ -16,7 +16,7 @@ pytest.importorskip("vllm")
 pytestmark = pytest.mark.engine
 
 REFUSAL = " I would rather not."
-CALM = {"calm": 0.08}
+CALM = {"calm": 0.25}  # so strong that these few tokens show it
 PLAIN = {"halflife": 0, "on": "generated"}
 
 
