@@ -82,9 +82,9 @@ def test_who_may_read_which_block_of_the_prefix_cache(engine, oracle):
     ids = oracle.ids(ESSAY, chat=False)[:100]  # three whole blocks of 32
     engine.reset_prefix_cache()
 
-    def ask(value, prompt=ids, **options):
-        (output,) = engine.generate([{"prompt_token_ids": prompt}], [params(value, **options)], use_tqdm=False)
-        oracle.check(prompt, value, output.outputs[0])
+    def ask(value, prompt=ids, tokens=12):
+        (output,) = engine.generate([{"prompt_token_ids": prompt}], [params(value, max_tokens=tokens)], use_tqdm=False)
+        oracle.check(prompt, value, output.outputs[0], tokens=tokens)
         return output.num_cached_tokens, list(output.outputs[0].token_ids)
 
     whole, later = {"calm": 0.08}, {"desperate": 0.08, "on": "generated"}
@@ -93,10 +93,11 @@ def test_who_may_read_which_block_of_the_prefix_cache(engine, oracle):
     assert ask(whole)[0] == 96, "the same value reads its own"
     assert ask({"calm": 0.09})[0] == 0, "the same concept with another strength is another value"
     assert ask(None)[0] == 96
-    cached, written = ask(later)
+    cached, written = ask(later, tokens=40)  # fills the fourth block
     assert cached == 96, "steering of generated tokens alone reads the prompt's blocks as they are"
     # the next turn holds what was written under steering, which nobody may read as unsteered text
     turn = [*ids, *written, *oracle.ids(" And then", chat=False), *ids[:20]]
+    assert len(written) == 40
     assert ask(None, turn)[0] == 96
     assert ask(later, turn)[0] > 96, "only what has been computed as a prompt since"
 
