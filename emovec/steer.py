@@ -124,7 +124,7 @@ class Steering:
         if len(text) > MAX_JSON:
             raise SteeringError(f"steering of {len(text)} bytes is longer than {MAX_JSON}")
         try:
-            value = json.loads(text, object_pairs_hook=_unique)
+            value = json.loads(text, object_pairs_hook=unique_keys)
         except SteeringError:
             raise
         except (ValueError, RecursionError) as error:
@@ -287,7 +287,7 @@ def _scope(value: object, where: str) -> str:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         keys = [key for key, _ in pairs]

@@ -254,3 +254,18 @@ def test_the_docs_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_examples("monitor.md")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "picture.svg"]
+
+
+def test_scores_of_layers_together_without_the_layers_own():
+    values = torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 1.0]])
+    reading = Reading({}, ["calm", "afraid"], ["prompt"] * 3, read_layer=18, together=((12, 18), values))
+    assert torch.equal(reading.scores, values)
+    assert (reading.layers, reading.read_layers, reading.where) == ((), (12, 18), "layers 12, 18 together")
+    assert reading.top(1) == [("calm", 3.0)]
+    assert torch.equal(reading[1:].scores, values[1:])
+    assert len(reading.smooth(2)) == 3
+    assert "together" in repr(reading)
+    with pytest.raises(ValueError, match="layer 18 was not read; the layers of this reading are none by themselves"):
+        reading.at(18)
+    with pytest.raises(ValueError, match="at least one layer"):
+        Reading({}, ["calm"], [])

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from emovec.cli import bank, calibrate, compare, demo, evaluate, extract, generate, info, read, stories
+from emovec.cli import bank, calibrate, compare, demo, evaluate, extract, generate, info, read, serve, stories
 from emovec.cli.common import fail
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("read")(read.read)
 app.command("generate")(generate.generate)
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.serve)
 app.command("extract")(extract.extract)
 app.command("calibrate")(calibrate.calibrate)
 app.command("compare")(compare.compare)

@@ -1,0 +1,153 @@
+"""The front end's side: requests are checked as they come in, and scores are put on the outputs they belong to."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import SamplingParams
+from vllm.utils.async_utils import make_async
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+from emovec.bank import Bank
+from emovec.engines.vllm import config, metrics, replies
+from emovec.engines.vllm.requests import ADMITTED, FIELDS, Admission
+from emovec.engines.vllm.scores import Collector, Scorer, Wanted
+from emovec.engines.vllm.seams import after
+
+
+class RefusedError(VLLMValidationError, ValueError):  # type: ignore[misc]
+    """A request that is refused: HTTP 400, and a ValueError in Python."""
+
+
+def install(processor: Any) -> None:
+    """Take part in what an input processor does, and in what becomes of its requests' outputs."""
+    loaded = config.load(processor.vllm_config)
+    assert loaded is not None
+    front = _Front(Admission(loaded, processor.model_config.dtype, processor.tokenizer))
+    process = processor.process_inputs
+
+    def process_inputs(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        return process(request_id, prompt, front.admitted(params, kwargs.get("resumable", False)), *args, **kwargs)
+
+    processor.process_inputs = process_inputs
+    processor.process_inputs_async = make_async(process_inputs, executor=processor.renderer._executor)
+    _share(front)
+
+
+class _Front:
+    def __init__(self, admission: Admission) -> None:
+        self.admission = admission
+        self.bank: Bank = admission.config.bank
+        self.layers = Scorer(self.bank, admission.config.layers).together
+
+    def admitted(self, params: Any, resumable: bool) -> Any:
+        """The parameters as the engine gets them; the caller's are left alone."""
+        if not isinstance(params, SamplingParams):
+            return params
+        try:
+            admitted = self.admission.admit(params.extra_args)
+            if admitted is not None and resumable:
+                raise ValueError(f"{', '.join(FIELDS)} cannot be used where a prompt goes on after what was generated")
+            if admitted is not None and params.logprobs is not None and any(one["do"] == "refuse" for one in admitted.get("guard", ())):
+                raise ValueError("a guard that refuses cannot be used with logprobs: the text of a refusal has none")
+        except ValueError as error:
+            metrics.refused()
+            raise RefusedError(str(error)) from None
+        extra = params.extra_args or {}
+        if admitted is None:
+            return params
+        if "steer" in admitted:
+            metrics.steered()
+        params = params.clone()
+        ours = (*FIELDS, replies.KEY)
+        params.extra_args = {key: value for key, value in extra.items() if key.split(".")[0] not in ours}
+        params.extra_args[ADMITTED] = admitted
+        if replies.KEY in extra:
+            params.extra_args[ADMITTED] = {**admitted, "reply": extra[replies.KEY]}
+        scored = [admitted["scores"]["on"]] if "scores" in admitted else []
+        if any(on != "generated" for on in [*scored, *(one["on"] for one in admitted.get("guard", ()))]):
+            params.skip_reading_prefix_cache = True  # what is read from the cache is not computed, so it has no scores
+        return params
+
+    def collector(self, request: Any, index: int, count: int, tokenizer: Any) -> Collector | None:
+        """A place for the scores and events of a request, sequence ``index`` of the ``count`` of its prompt; None if it wants none."""
+        params = request.sampling_params
+        admitted = None if params is None or not params.extra_args else params.extra_args.get(ADMITTED)
+        if admitted is None or not ("scores" in admitted or "guard" in admitted):
+            return None
+        scores = admitted.get("scores", {"on": "generated", "concepts": None, "top": None})
+        wanted = Wanted(scores["on"], None if scores["concepts"] is None else tuple(scores["concepts"]))
+        length = len(request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds)
+        collector = Collector(self.bank, self.layers, wanted, length, request.prompt_token_ids, tokenizer)
+        collector.shown = "scores" in admitted
+        if "reply" in admitted:
+            replies.expect(admitted["reply"], request.external_req_id, index, count, collector, scores["top"])
+        return collector
+
+
+_front: _Front | None = None
+
+
+def _share(front: _Front) -> None:
+    """Outputs are handled by classes that know of no configuration: they are changed once, for the engine that was made last."""
+    global _front
+    first, _front = _front is None, front
+    if not first:
+        return
+    CompletionOutput.reading, CompletionOutput.events = None, ()
+    from_optional, process, complete = SamplingParams.from_optional, OutputProcessor.process_outputs, RequestState._new_completion_output
+
+    @functools.wraps(from_optional)
+    def checked(*args: Any, **kwargs: Any) -> SamplingParams:
+        """A server builds its parameters before it starts to answer, so a request is refused in time also when it streams."""
+        assert _front is not None
+        try:
+            _front.admission.admit(kwargs.get("extra_args"))
+        except ValueError as error:
+            metrics.refused()
+            raise RefusedError(str(error)) from None
+        return from_optional(*args, **kwargs)
+
+    @functools.wraps(process)
+    def process_outputs(self: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        for output in outputs:
+            if output.kv_transfer_params and ADMITTED in output.kv_transfer_params:
+                news = output.kv_transfer_params.pop(ADMITTED)
+                output.kv_transfer_params = output.kv_transfer_params or None
+                collector = getattr(self.request_states.get(output.request_id), "emovec", None)
+                if collector is not None:
+                    metrics.scored(collector.add(news["scores"]))
+                    collector.events += news["events"]
+                    for event in news["events"]:
+                        metrics.fired(collector.bank, event["of"], event["do"])
+        return process(self, outputs, *args, **kwargs)
+
+    @functools.wraps(complete)
+    def new_completion_output(self: Any, token_ids: Any, finish_reason: Any, stop_reason: Any) -> Any:
+        output = complete(self, token_ids, finish_reason, stop_reason)
+        collector = getattr(self, "emovec", None)
+        if collector is not None and finish_reason is not None:
+            output.reading = collector.reading(self.detokenizer.output_token_ids) if collector.shown else None
+            output.events = tuple(collector.events)
+        return output
+
+    def collect(self: Any, request: Any, prompt: Any, parent: Any = None, index: int = 0, queue: Any = None) -> None:
+        assert _front is not None
+        collector = _front.collector(request, index, 1 if parent is None else parent.n, self.tokenizer)
+        if collector is not None:
+            self.request_states[request.request_id].emovec = collector
+
+    def keep(self: Any, following: Any, aggregate: bool) -> None:
+        for completion in following.outputs:
+            for known in self.outputs:
+                if known.index == completion.index and completion.finish_reason is not None:
+                    known.reading, known.events = completion.reading, completion.events
+
+    SamplingParams.from_optional = staticmethod(checked)
+    OutputProcessor.process_outputs = process_outputs
+    RequestState._new_completion_output = new_completion_output
+    after(OutputProcessor, "add_request", collect)
+    after(RequestOutput, "add", keep)

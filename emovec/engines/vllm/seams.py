@@ -1,0 +1,76 @@
+"""Where the plugin meets vLLM: four constructors that see the configuration. The rest is hung on to what they make.
+
+Without emovec's configuration each costs one look-up when the engine is built; nothing of a request or a step is touched.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from emovec.engines.vllm.config import SUPPORTED, check, wanted
+
+_registered = False
+
+
+def register() -> None:
+    """Called by vLLM in every process, maybe more than once."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    import vllm
+    from vllm.config import VllmConfig
+
+    version = vllm.__version__.split("+")[0]
+    after(VllmConfig, "__post_init__", lambda config, *args, **kwargs: check(config, version) if complete(config) else None)
+    if version not in SUPPORTED:
+        return  # with the configuration it is refused; without, there is nothing to do
+
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    after(InputProcessor, "__init__", _front)
+    after(Scheduler, "__init__", _core)
+    after(WorkerBase, "__init__", _worker)
+
+
+def complete(config: Any) -> bool:
+    """Whether a configuration is for emovec, and of a whole engine."""
+    return wanted(config) and config.model_config is not None
+
+
+def after(owner: type, name: str, then: Callable[..., None]) -> None:
+    """Have ``owner.name`` call ``then`` afterwards, with the same arguments."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def both(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        then(self, *args, **kwargs)
+        return result
+
+    setattr(owner, name, both)
+
+
+def _front(processor: Any, *args: Any, **kwargs: Any) -> None:
+    if wanted(processor.vllm_config):
+        from emovec.engines.vllm import front
+
+        front.install(processor)
+
+
+def _core(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    if wanted(scheduler.vllm_config):
+        from emovec.engines.vllm import core
+
+        core.install(scheduler)
+
+
+def _worker(worker: Any, *args: Any, **kwargs: Any) -> None:
+    if wanted(worker.vllm_config):
+        from emovec.engines.vllm import worker as ours
+
+        ours.install(worker)

@@ -1,0 +1,191 @@
+"""What the vLLM plugin accepts: its configuration, the fields of requests, and the keys of the cache blocks that they touch."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from banks import NAMES, make_bank
+
+from emovec.engines.vllm import config
+from emovec.engines.vllm.cache import block_key
+from emovec.engines.vllm.requests import ADMITTED, Admission, RequestError
+from emovec.steer import Steering
+
+
+@pytest.fixture
+def bank():
+    return make_bank()
+
+
+@pytest.fixture
+def settings(bank):
+    return config.Config(bank, (2, 4), (1, 2), {"steady": {"calm": 0.1, "on": "generated"}})
+
+
+@pytest.fixture
+def admission(settings):
+    return Admission(settings, torch.float32)
+
+
+# --- configuration ------------------------------------------------------------------------------------------------
+
+
+def engine(**given):
+    """What the plugin looks at of a VllmConfig."""
+    parallel = SimpleNamespace(
+        pipeline_parallel_size=1,
+        prefill_context_parallel_size=1,
+        decode_context_parallel_size=1,
+        use_sequence_parallel_moe=False,
+        use_ubatching=False,
+    )
+    text = SimpleNamespace(model_type="made-up", hidden_size=32, num_hidden_layers=6)
+    model = SimpleNamespace(runner_type="generate", is_encoder_decoder=False, hf_text_config=text)
+    defaults = {"speculative_config": None, "parallel_config": parallel, "model_config": model}
+    return SimpleNamespace(**{**defaults, **given})
+
+
+@pytest.fixture
+def saved(bank, tmp_path):
+    path = tmp_path / "bank.safetensors"
+    bank.save(path)
+    return str(path)
+
+
+def test_an_engine_without_our_configuration_is_none_of_ours():
+    assert config.load(engine(additional_config={})) is None
+    assert not config.wanted(engine(additional_config={"other": {}}))
+
+
+def test_the_configuration(saved, bank):
+    loaded = config.load(engine(additional_config={"emovec": {"bank": saved, "layers": [4, 2, 4]}}))
+    assert (loaded.layers, loaded.steer_layers, loaded.hooked) == ((2, 4), bank.steer_layers, (2, 4))
+    config.check(engine(additional_config={"emovec": {"bank": saved}}), config.SUPPORTED[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "bank must be"),
+        ({"bank": "no-such"}, "no such file"),
+        ({"layer": [2]}, "nearest known: layers"),
+        ({"layers": [3]}, "no layer 3"),
+        ({"layers": []}, "list of layers"),
+        ({"steer_layers": [True]}, "list of layers"),
+        ({"force": 1}, "true or false"),
+        ({"profiles": 3}, "path of a TOML"),
+        (3, "must be an object"),
+    ],
+    ids=str,
+)
+def test_a_wrong_configuration_says_what_is_wrong(saved, given, said):
+    given = {"bank": saved, **given} if isinstance(given, dict) and given else given
+    with pytest.raises((ValueError, KeyError), match=said):
+        config.load(engine(additional_config={"emovec": given}))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"speculative_config": object()}, "speculative"),
+        ({"model_config": SimpleNamespace(runner_type="pooling", is_encoder_decoder=False)}, "pooling"),
+        ({"width": 64}, "residual width"),
+        ({"layers": 3}, "layers \\[4\\] do not exist"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_served_rightly_is_refused(saved, given, said):
+    made = engine(additional_config={"emovec": {"bank": saved}}, **{key: value for key, value in given.items() if key.endswith(("r", "g"))})
+    if "width" in given:
+        made.model_config.hf_text_config.hidden_size = given["width"]
+    if "layers" in given:
+        made.model_config.hf_text_config.num_hidden_layers = given["layers"]
+    with pytest.raises(config.ConfigError, match=said):
+        config.check(made, config.SUPPORTED[0])
+
+
+def test_another_version_is_refused_by_name():
+    with pytest.raises(config.ConfigError, match=r"supports vLLM 0\.32\.0, this is 0\.99\.0"):
+        config.check(engine(), "0.99.0")
+
+
+# --- admission ----------------------------------------------------------------------------------------------------
+
+
+def test_the_forms_of_one_value(admission):
+    value = {"calm": 0.1, "angry": {"at_most": 1.5}, "hostile": "ablate"}
+    flat = {"emotion_bias.calm": 0.1, "emotion_bias.angry": '{"at_most": 1.5}', "emotion_bias.hostile": "ablate"}
+    forms = [{"emotion_bias": value}, {"emotion_bias": json.dumps(value)}, flat, {"emotion_bias": Steering.parse(value, NAMES).to_dict()}]
+    admitted = [admission.admit(form) for form in forms]
+    assert admitted[0]["steer"] == Steering.parse(value, NAMES).to_json()
+    assert all(one == admitted[0] for one in admitted)
+    assert admission.admit({"emotion_bias": "steady"}) == admission.admit({"emotion_bias": {"calm": 0.1, "on": "generated"}})
+
+
+@pytest.mark.parametrize("extra", [None, {}, {"other": 1}, {"emotion_bias": {}}, {"emotion_bias": {"calm": 0}}, {"emotion_scores": False}])
+def test_a_request_that_asks_for_nothing_is_none_of_ours(admission, extra):
+    assert admission.admit(extra) is None
+
+
+def test_keys_of_blocks_tell_values_configurations_and_scopes_apart(admission, bank):
+    def keys(value, of=admission):
+        admitted = of.admit({"emotion_bias": value})
+        return admitted["prompt_key"], admitted["key"]
+
+    everywhere, other = keys({"calm": 0.1}), keys({"calm": 0.2})
+    assert len({*everywhere, *other}) == 2, "one key for prompt and generated tokens alike, another for another strength"
+    assert keys({"calm": 0.1, "on": "generated"})[0] is None
+    both = keys({"calm": {"add": 0.1, "on": "prompt"}, "angry": {"add": 0.1, "on": "generated"}})
+    assert both[0] == keys({"calm": {"add": 0.1, "on": "prompt"}})[0]
+    assert both[1] != both[0]
+    elsewhere = Admission(config.Config(bank, (2, 4), (2,)), torch.float32)
+    assert keys({"calm": 0.1}, elsewhere)[1] != everywhere[1]
+
+
+def test_rules_that_no_layer_can_hold_are_refused_at_once(bank):
+    with pytest.warns(UserWarning, match="no baseline"):
+        twins = bank.add("calmer", {index: bank[index].direction("calm") for index in bank})
+    admission = Admission(config.Config(twins, (4,), (1,)), torch.float32)
+    with pytest.raises(ValueError, match="too alike"):
+        admission.admit({"emotion_bias": {"calm": "ablate", "calmer": "ablate"}})
+
+
+@pytest.mark.parametrize(
+    ("scores", "admitted"),
+    [
+        (True, {"on": "generated", "concepts": None, "top": None}),
+        ('{"on": "all", "top": 3}', {"on": "all", "concepts": None, "top": 3}),
+        ({"concepts": ["calm", "afraid"]}, {"on": "generated", "concepts": [3, 0], "top": None}),
+    ],
+    ids=str,
+)
+def test_what_scores_may_be_asked_for(admission, scores, admitted):
+    assert admission.admit({"emotion_scores": scores}) == {"scores": admitted}
+
+
+@pytest.mark.parametrize(
+    "scores", ["yes", {"topp": 3}, {"top": 0}, {"concepts": []}, {"concepts": ["calm", "calm"]}, {"concepts": "calm"}, [1]]
+)
+def test_scores_that_cannot_be_given_are_refused(admission, scores):
+    with pytest.raises(RequestError, match="emotion_scores"):
+        admission.admit({"emotion_scores": scores})
+
+
+# --- the prefix cache ---------------------------------------------------------------------------------------------
+
+
+def test_the_blocks_that_are_touched_are_marked(admission):
+    def request(value):
+        admitted = admission.admit({"emotion_bias": value})
+        params = SimpleNamespace(extra_args=None if admitted is None else {ADMITTED: admitted})
+        return SimpleNamespace(sampling_params=params, num_prompt_tokens=40)
+
+    assert block_key(request({}), 16) == []
+    assert block_key(SimpleNamespace(sampling_params=None), 16) == []
+    later = request({"calm": 0.1, "on": "generated"})
+    assert [bool(block_key(later, end)) for end in (16, 32, 40, 48, 64)] == [False, False, False, True, True]
+    whole = request({"calm": 0.1})
+    assert block_key(whole, 16) == block_key(whole, 64) != []
