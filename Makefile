@@ -10,10 +10,14 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* kernels/*.h 
 export OMP_WAIT_POLICY ?= passive
 
 VLLM := $(VENV)-vllm
-.PHONY: demo test test-slow test-sanitized test-engines test-vllm bench bank lint clean
+PORT ?= 8000
+.PHONY: demo serve test test-slow test-sanitized test-engines test-vllm bench bank lint clean
 
 demo: $(VENV)/demo.stamp ## read, steer, clamp and guard a real model; writes demo/index.html
 	$(BIN)/emovec demo --out demo
+
+serve: $(VLLM)/vllm.stamp ## the small model behind vLLM on port $(PORT), each request read and steered by itself
+	$(VLLM_SETTINGS) $(VLLM)/bin/python -m emovec serve smollm2-135m-instruct --port $(PORT)
 
 test: $(VENV)/test.stamp ## the tests, in a few minutes
 	$(BIN)/python -m pytest -q -m "not slow and not engine"
