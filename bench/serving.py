@@ -80,10 +80,11 @@ def write_table() -> None:
     """Put the committed results into the page."""
     measured = provenance.read("serving")
     o, settings = measured["results"]["options"], measured["results"]["settings"]
-    lines = ["| requests with | ms a step | to absent | middle half of rounds |", "|---|---|---|---|"]
+    idle = settings["idle"]["step_ms"]
+    lines = ["| requests with | ms a step | to absent | middle half of rounds | to idle |", "|---|---|---|---|---|"]
     for name, found in settings.items():
         ratio, low, high = (f"{found[key]:.3f}" for key in ("ratio", "ratio_low_quarter", "ratio_high_quarter"))
-        lines.append(f"| {name} | {found['step_ms']:.1f} | {ratio} | {low} to {high} |")
+        lines.append(f"| {name} | {found['step_ms']:.1f} | {ratio} | {low} to {high} | {found['step_ms'] / idle:.3f} |")
     mode = "eager" if o["eager"] else "compiled"
     how = f"{o['model']}, {o['requests']} requests, {o['rounds']} rounds of {o['tokens']} tokens each, {mode}"
     where = f"Measured by `python bench/serving.py` on {measured['provenance']['name']}, one thread; more in bench/results/serving.json."
