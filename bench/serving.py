@@ -20,11 +20,11 @@ from typing import Any
 
 import pages
 import provenance
-from vllm import LLM, SamplingParams
 
 from emovec.bank import load_bank
 from emovec.models import local_path
 
+PAGE = pages.DOCS / "serving.md"
 STRENGTH = 0.05
 
 
@@ -50,11 +50,13 @@ def main() -> None:
         "max_num_seqs": o.requests,
     }
     shared |= {"enable_prefix_caching": False} | ({} if o.memory is None else {"gpu_memory_utilization": o.memory})
+    from vllm import LLM  # here, since the table needs none
+
     absent = LLM(local_path(o.model), **shared)
     ours = LLM(local_path(o.model), **shared, additional_config={"emovec": {"bank": bank}})
     one = {"emotion_bias": {names[0]: STRENGTH}}
     several = [{"emotion_bias": {names[i]: STRENGTH, names[i + 1]: -STRENGTH}} for i in range(o.requests)]
-    settings: dict[str, tuple[LLM, list[Any]]] = {
+    settings: dict[str, tuple[Any, list[Any]]] = {
         "absent": (absent, [None] * o.requests),
         "idle": (ours, [None] * o.requests),
         "reading": (ours, [{"emotion_scores": True}] * o.requests),
@@ -73,13 +75,13 @@ def main() -> None:
     print(json.dumps(results, indent=1))
     provenance.write(o.name, {"options": vars(o), "cpus": os.environ.get("VLLM_CPU_OMP_THREADS_BIND"), "settings": results})
     if o.name == "serving":
-        write_table()
+        found = provenance.read("serving")
+        pages.write(PAGE, {"cost": table(found["results"], found["provenance"]["name"])})
 
 
-def write_table() -> None:
-    """Put the committed results into the page."""
-    measured = provenance.read("serving")
-    o, settings = measured["results"]["options"], measured["results"]["settings"]
+def table(results: dict[str, Any], machine: str) -> str:
+    """What docs/serving.md says of the cost."""
+    o, settings = results["options"], results["settings"]
     idle = settings["idle"]["step_ms"]
     lines = ["| requests with | ms a step | to absent | middle half of rounds | to idle |", "|---|---|---|---|---|"]
     for name, found in settings.items():
@@ -87,12 +89,14 @@ def write_table() -> None:
         lines.append(f"| {name} | {found['step_ms']:.1f} | {ratio} | {low} to {high} | {found['step_ms'] / idle:.3f} |")
     mode = "eager" if o["eager"] else "compiled"
     how = f"{o['model']}, {o['requests']} requests, {o['rounds']} rounds of {o['tokens']} tokens each, {mode}"
-    where = f"Measured by `python bench/serving.py` on {measured['provenance']['name']}, one thread; more in bench/results/serving.json."
-    pages.write(pages.DOCS / "serving.md", {"cost": "\n".join([*lines, "", f"{how}. {where}"])})
+    where = f"Measured by `python bench/serving.py` on {machine}, one thread; more in bench/results/serving.json."
+    return "\n".join([*lines, "", f"{how}. {where}"])
 
 
-def decode(engine: LLM, extra: list[Any], o: argparse.Namespace) -> float:
+def decode(engine: Any, extra: list[Any], o: argparse.Namespace) -> float:
     """The median time of a step, in seconds, in which all requests get a token."""
+    from vllm import SamplingParams
+
     core = engine.llm_engine
     for number, args in enumerate(extra):
         params = SamplingParams(temperature=0.0, max_tokens=o.tokens, ignore_eos=True, extra_args=args, detokenize=False)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from banks import make_bank
@@ -104,3 +106,15 @@ def test_without_vllm_the_extra_is_named(bank, monkeypatch):
 
 def _missing(module, *, extra):
     raise ModuleNotFoundError(f"{module} is not installed; it comes with `pip install emovec[{extra}]`")
+
+
+def test_the_cost_is_that_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    bench = __import__("serving")
+    try:
+        found = bench.provenance.read("serving")
+        page = bench.PAGE.read_text(encoding="utf-8")
+        assert bench.pages.written(page, {"cost": bench.table(found["results"], found["provenance"]["name"])}) == page
+    finally:
+        for name in ("serving", "pages", "provenance"):
+            sys.modules.pop(name, None)
