@@ -8,7 +8,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from banks import make_bank
 
 from emovec.engines.vllm import config
 from emovec.engines.vllm.middleware import Middleware
@@ -16,22 +15,6 @@ from emovec.engines.vllm.replies import KEY, expect
 from emovec.engines.vllm.requests import Admission
 from emovec.engines.vllm.scores import Chunk, Collector, Wanted
 from emovec.steer import SteeringError
-
-
-@pytest.fixture
-def bank():
-    return make_bank()
-
-
-@pytest.fixture
-def settings(bank):
-    return config.Config(bank, (2, 4), (1, 2), {"steady": {"calm": 0.1, "on": "generated"}})
-
-
-@pytest.fixture
-def admission(settings):
-    return Admission(settings, torch.float32)
-
 
 # --- the middleware -----------------------------------------------------------------------------------------------
 

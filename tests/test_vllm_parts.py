@@ -10,28 +10,12 @@ import pytest
 import torch
 from banks import NAMES, make_bank
 
-from emovec.engines.vllm import config, guard
+from emovec.engines.vllm import guard
 from emovec.engines.vllm.requests import Admission
 from emovec.engines.vllm.rows import ROWS_OF_ONE, Rows
 from emovec.engines.vllm.scores import Chunk, Collector, Scorer, Wanted
 from emovec.ops import Table
 from emovec.steer import Steering, SteeringError
-
-
-@pytest.fixture
-def bank():
-    return make_bank()
-
-
-@pytest.fixture
-def settings(bank):
-    return config.Config(bank, (2, 4), (1, 2), {"steady": {"calm": 0.1, "on": "generated"}})
-
-
-@pytest.fixture
-def admission(settings):
-    return Admission(settings, torch.float32)
-
 
 # --- the guard ----------------------------------------------------------------------------------------------------
 

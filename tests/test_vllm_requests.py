@@ -7,28 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from banks import NAMES, make_bank
+from banks import NAMES
 
 from emovec.engines.vllm import config
 from emovec.engines.vllm.cache import block_key
 from emovec.engines.vllm.requests import ADMITTED, Admission, RequestError
 from emovec.steer import Steering
-
-
-@pytest.fixture
-def bank():
-    return make_bank()
-
-
-@pytest.fixture
-def settings(bank):
-    return config.Config(bank, (2, 4), (1, 2), {"steady": {"calm": 0.1, "on": "generated"}})
-
-
-@pytest.fixture
-def admission(settings):
-    return Admission(settings, torch.float32)
-
 
 # --- configuration ------------------------------------------------------------------------------------------------
 

@@ -7,32 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from banks import NAMES, make_bank
+from banks import NAMES
 
 from emovec import reference
-from emovec.engines.vllm import config, op, selfcheck
+from emovec.engines.vllm import op, selfcheck
 from emovec.engines.vllm.cache import block_key
-from emovec.engines.vllm.requests import ADMITTED, Admission
+from emovec.engines.vllm.requests import ADMITTED
 from emovec.engines.vllm.runner import OUTPUT, WATCHED, Runner
 from emovec.models import decoder_layers
 from emovec.ops import Table
 from emovec.steer import Steering
-
-
-@pytest.fixture
-def bank():
-    return make_bank()
-
-
-@pytest.fixture
-def settings(bank):
-    return config.Config(bank, (2, 4), (1, 2), {"steady": {"calm": 0.1, "on": "generated"}})
-
-
-@pytest.fixture
-def admission(settings):
-    return Admission(settings, torch.float32)
-
 
 # --- the runner, on a model of ours -------------------------------------------------------------------------------
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,11 +105,7 @@ class Moments:
 
 def recipe_of(bank: Bank) -> Recipe | None:
     """The recipe that a bank was made by; None if it does not say."""
-    said: Any = bank.meta.get("recipe")
-    known = {each.name for each in fields(Recipe)}
-    if not isinstance(said, Mapping) or not known & said.keys():
-        return None
-    return Recipe(**{name: value for name, value in said.items() if name in known})
+    return Recipe.recorded(bank.meta)
 
 
 def derived(train: Texts, layer: int, concepts: int, recipe: Recipe, moments: Mapping[str, Moments]) -> Derived:

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -322,8 +322,7 @@ class ConceptExtraction:
 
 def recipe_of(bank: Bank) -> Recipe:
     """The recipe that a bank was made by, as far as it says."""
-    known = {field.name for field in fields(Recipe)}
-    return Recipe(**{name: value for name, value in bank.meta.get("recipe", {}).items() if name in known})
+    return Recipe.recorded(bank.meta) or Recipe()
 
 
 def _topic(story: Story) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -66,6 +66,15 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def recorded(cls, meta: Mapping[str, Any]) -> Recipe | None:
+        """The recipe in a bank's header, whatever else that says of it; None if there is none."""
+        said = meta.get("recipe")
+        known = {field.name for field in fields(cls)}
+        if not isinstance(said, Mapping) or not known & said.keys():
+            return None
+        return cls(**{name: value for name, value in said.items() if name in known})
 
 
 @dataclass(frozen=True)

@@ -79,9 +79,8 @@ class _Front:
         if admitted is None or not ("scores" in admitted or "guard" in admitted):
             return None
         scores = admitted.get("scores", {"on": "generated", "concepts": None, "top": None})
-        wanted = Wanted(scores["on"], None if scores["concepts"] is None else tuple(scores["concepts"]))
         length = len(request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds)
-        collector = Collector(self.bank, self.layers, wanted, length, request.prompt_token_ids, tokenizer)
+        collector = Collector(self.bank, self.layers, Wanted.of(scores), length, request.prompt_token_ids, tokenizer)
         collector.shown = "scores" in admitted
         if "reply" in admitted:
             replies.expect(admitted["reply"], request.external_req_id, index, count, collector, scores["top"])
@@ -134,13 +133,13 @@ def _share(front: _Front) -> None:
             output.events = tuple(collector.events)
         return output
 
-    def collect(self: Any, request: Any, prompt: Any, parent: Any = None, index: int = 0, queue: Any = None) -> None:
+    def collect(_: None, self: Any, request: Any, prompt: Any, parent: Any = None, index: int = 0, queue: Any = None) -> None:
         assert _front is not None
         collector = _front.collector(request, index, 1 if parent is None else parent.n, self.tokenizer)
         if collector is not None:
             self.request_states[request.request_id].emovec = collector
 
-    def keep(self: Any, following: Any, aggregate: bool) -> None:
+    def keep(_: None, self: Any, following: Any, aggregate: bool) -> None:
         for completion in following.outputs:
             for known in self.outputs:
                 if known.index == completion.index and completion.finish_reason is not None:

@@ -7,7 +7,7 @@ position against the length of the prompt. So chunks of a prompt, preemption and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from emovec.engines.vllm.guard import weights
 from emovec.engines.vllm.requests import ADMITTED
 from emovec.engines.vllm.rows import ROWS_OF_ONE, Rows
 from emovec.engines.vllm.scores import Chunk, Scorer, Wanted
+from emovec.engines.vllm.seams import after
 from emovec.models import decoder_layers
 from emovec.ops import Table
 from emovec.tap import persistent
@@ -46,9 +47,8 @@ class _Request:
     @classmethod
     def of(cls, admitted: Mapping[str, Any], bank: Bank) -> _Request:
         scores = admitted.get("scores")
-        concepts = None if scores is None or scores["concepts"] is None else tuple(scores["concepts"])
         watched = weights(admitted["guard"], bank) if "guard" in admitted else None
-        return cls(admitted.get("steer"), None if scores is None else Wanted(scores["on"], concepts), watched)
+        return cls(admitted.get("steer"), None if scores is None else Wanted.of(scores), watched)
 
     def values(self, position: int, count: int) -> list[tuple[int, int, str | None]]:
         """(from, to, value) of the tokens at ``position`` to ``position + count``."""
@@ -113,13 +113,12 @@ class Runner:
     def install(self) -> None:
         """Take part in the runner's steps."""
         runner = self._runner
-        runner.execute_model = _after(runner.execute_model, lambda _, scheduled, *args, **kwargs: self.follow(scheduled), first=True)
-        runner.sample_tokens = _after(runner.sample_tokens, lambda result, *args: self.deliver(result))
+        after(runner, "execute_model", lambda _, scheduled, *args, **kwargs: self.follow(scheduled), first=True)
+        after(runner, "sample_tokens", lambda result, *args: self.deliver(result))
         if hasattr(runner, "model_state"):
-            state = runner.model_state
-            state.prepare_inputs = _after(state.prepare_inputs, lambda _, *given: self._prepare_v2(*given))
+            after(runner.model_state, "prepare_inputs", lambda _, *given: self._prepare_v2(*given))
         else:
-            runner._prepare_inputs = _after(runner._prepare_inputs, lambda _, scheduled, counts: self._prepare_v1(counts))
+            after(runner, "_prepare_inputs", lambda _, scheduled, counts: self._prepare_v1(counts))
 
     def _prepare_v1(self, counts: Any) -> None:
         batch = self._runner.input_batch
@@ -218,7 +217,7 @@ class Runner:
             self._attach(output, picks, copy)
 
         if hasattr(result, "get_output"):
-            result.get_output = _after(result.get_output, lambda output: attach(output))
+            after(result, "get_output", attach)
         else:
             attach(result)
 
@@ -240,17 +239,3 @@ class Runner:
                     chunks[pick.name] = Chunk(pick.start + begin, columns.numpy())
         setattr(output, OUTPUT, chunks)
         setattr(output, WATCHED, watched)
-
-
-def _after(call: Callable[..., Any], then: Callable[..., None], *, first: bool = False) -> Callable[..., Any]:
-    """``call``, followed (or preceded) by ``then`` with its result (or None) and its arguments."""
-
-    def both(*args: Any, **kwargs: Any) -> Any:
-        if first:
-            then(None, *args, **kwargs)
-            return call(*args, **kwargs)
-        result = call(*args, **kwargs)
-        then(result, *args, **kwargs)
-        return result
-
-    return both

@@ -28,6 +28,11 @@ class Wanted:
     on: str = "generated"
     concepts: tuple[int, ...] | None = None
 
+    @classmethod
+    def of(cls, admitted: Mapping[str, Any]) -> Wanted:
+        """From what an admitted request says of scores."""
+        return cls(admitted["on"], None if admitted["concepts"] is None else tuple(admitted["concepts"]))
+
     def span(self, start: int, count: int, prompt: int) -> tuple[int, int]:
         """Which of the tokens at positions ``start`` to ``start + count`` are wanted, as offsets, where ``prompt`` are prompt."""
         split = min(max(prompt - start, 0), count)

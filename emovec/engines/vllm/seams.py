@@ -24,7 +24,7 @@ def register() -> None:
     from vllm.config import VllmConfig
 
     version = vllm.__version__.split("+")[0]
-    after(VllmConfig, "__post_init__", lambda config, *args, **kwargs: check(config, version) if complete(config) else None)
+    after(VllmConfig, "__post_init__", lambda _, config, *args, **kwargs: check(config, version) if complete(config) else None)
     if version not in SUPPORTED:
         return  # with the configuration it is refused; without, there is nothing to do
 
@@ -42,34 +42,40 @@ def complete(config: Any) -> bool:
     return wanted(config) and config.model_config is not None
 
 
-def after(owner: type, name: str, then: Callable[..., None]) -> None:
-    """Have ``owner.name`` call ``then`` afterwards, with the same arguments."""
+def after(owner: Any, name: str, then: Callable[..., None], *, first: bool = False) -> None:
+    """Have ``owner.name`` be followed (or preceded) by ``then`` with its result (or None) and its arguments.
+
+    owner: an object; or a class, whose methods have ``self`` among their arguments.
+    """
     original = getattr(owner, name)
 
     @functools.wraps(original)
-    def both(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        then(self, *args, **kwargs)
+    def both(*args: Any, **kwargs: Any) -> Any:
+        if first:
+            then(None, *args, **kwargs)
+            return original(*args, **kwargs)
+        result = original(*args, **kwargs)
+        then(result, *args, **kwargs)
         return result
 
     setattr(owner, name, both)
 
 
-def _front(processor: Any, *args: Any, **kwargs: Any) -> None:
+def _front(_: None, processor: Any, *args: Any, **kwargs: Any) -> None:
     if wanted(processor.vllm_config):
         from emovec.engines.vllm import front
 
         front.install(processor)
 
 
-def _core(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+def _core(_: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     if wanted(scheduler.vllm_config):
         from emovec.engines.vllm import core
 
         core.install(scheduler)
 
 
-def _worker(worker: Any, *args: Any, **kwargs: Any) -> None:
+def _worker(_: None, worker: Any, *args: Any, **kwargs: Any) -> None:
     if wanted(worker.vllm_config):
         from emovec.engines.vllm import worker as ours
 

@@ -8,6 +8,7 @@ from vllm.logger import init_logger
 
 from emovec.engines.vllm import config, selfcheck
 from emovec.engines.vllm.runner import Runner
+from emovec.engines.vllm.seams import after
 
 logger = init_logger("vllm.emovec")
 
@@ -16,20 +17,16 @@ def install(worker: Any) -> None:
     """Take part in a worker's start."""
     loaded = config.load(worker.vllm_config)
     assert loaded is not None
-    load_model, warm_up = worker.load_model, worker.compile_or_warm_up_model
 
-    def hook(*args: Any, **kwargs: Any) -> Any:
-        result = load_model(*args, **kwargs)
+    def hook(_: None, *args: Any, **kwargs: Any) -> None:
         worker.emovec = Runner(worker.model_runner, loaded)
-        return result
 
-    def prove(*args: Any, **kwargs: Any) -> Any:
-        result = warm_up(*args, **kwargs)
+    def prove(_: Any, *args: Any, **kwargs: Any) -> None:
         selfcheck.check(worker.emovec, worker.model_runner)
         worker.emovec.install()
         where = f"reads layers {list(loaded.layers)}, steers layers {list(loaded.steer_layers)}"
         logger.info("emovec: %d concepts, %s; proved with a pass at each", len(loaded.bank.names), where)
-        return result
 
     worker.emovec_counts = lambda: worker.emovec.counts()  # for collective_rpc
-    worker.load_model, worker.compile_or_warm_up_model = hook, prove
+    after(worker, "load_model", hook)
+    after(worker, "compile_or_warm_up_model", prove)
