@@ -114,11 +114,14 @@ def ours(form: int) -> Callable[[Buffers, str], None]:
     return run
 
 
-def triton(b: Buffers, work: str) -> None:
-    from emovec.triton import apply_
+def triton(form: int) -> Callable[[Buffers, str], None]:
+    def run(b: Buffers, work: str) -> None:
+        from emovec.triton import apply_
 
-    steers = work != "read"
-    apply_(b.x, b.operands, b.table if steers else None, b.row if steers else None, None, b.scores, b.sqnorm)
+        steers = work != "read"
+        apply_(b.x, b.operands, b.table if steers else None, b.row if steers else None, None, b.scores, b.sqnorm, form=form)
+
+    return run
 
 
 def torch_form(b: Buffers, work: str) -> None:
@@ -237,7 +240,7 @@ def kernels() -> dict[str, int]:
 
 def variants(compiled: bool) -> dict[str, Callable[[Buffers, str], None]]:
     found = {name.removeprefix("cuda_"): ours(number) for name, number in kernels().items()}
-    found |= {"auto": ours(0), "triton": triton, "torch": torch_form}
+    found |= {"auto": ours(0), "triton": triton(0), "triton_whole": triton(1), "torch": torch_form}
     if compiled:
         found["compile"] = torch.compile(torch_form, dynamic=False)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,3 +40,9 @@ def test_the_figures_of_the_readme_are_those_of_the_results(bench: Any) -> None:
             digits, floor = (0, f"{case['floor_us']:.0f} \u00b5s ") if case["tokens"] == 16384 else (1, "")
             ours, torch = (f"{case['min_median_max_us'][name][1]:.{digits}f} \u00b5s" for name in ("auto", "torch"))
             assert f"| {case['tokens']:,} x 4096 | {works[case['work']]} | {ours} | {torch} | {floor}|" in readme
+
+
+def test_every_benchmark_of_the_op_runs() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-disable", ROOT / "bench/test_op.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "72 passed" in done.stdout, done.stdout + done.stderr

@@ -90,16 +90,20 @@ def test_in_the_interpreter_at_length() -> None:
 # --- against the oracle ---------------------------------------------------------------------------------------------
 
 
-def run(case: Case) -> None:
+FORMS = {"whole": launcher.WHOLE, "sliced": launcher.SLICED}
+both_forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+def run(case: Case, form: int = 0) -> None:
     operands = case.operands
     if INTERPRETED:  # the CPU's readers are packed in panels
         operands = dataclasses.replace(operands, readers=gpu_readers(case))
-    backend.apply_(case.x, operands, case.table, case.row, residual=case.residual, scores=case.scores, sqnorm=case.sqnorm)
+    backend.apply_(case.x, operands, case.table, case.row, residual=case.residual, scores=case.scores, sqnorm=case.sqnorm, form=form)
 
 
-# Ragged N, more than a tile; d at and off the block, not a multiple of 8; K at and off the padding and the 192 of a pass.
+# Ragged N, more than a tile; d at and off the block and the slice, not a multiple of 8; K at and off the padding and the 192 of a pass.
 # A GPU compiles each mode for each (d, K), which takes longer than the tests.
-SHAPES = [(1, 64, 1), (35, 136, 171)]
+SHAPES = [(1, 64, 1), (35, 264, 171)]
 MORE_SHAPES = [(131, 520, 176), (70, 1032, 177), (33, 100, 200), (257, 513, 171)]
 MORE_MODES = ["read", "gated", "strided", "steer_only"]
 SIZES = [(1, 4096, 171), (64, 4096, 171), (1000, 4096, 171), (513, 8192, 171)]
@@ -109,9 +113,9 @@ def shape_name(shape: tuple[int, int, int]) -> str:
     return "x".join(map(str, shape))
 
 
-def agrees(shape: tuple[int, int, int], dtype: torch.dtype, mode: str) -> None:
+def agrees(shape: tuple[int, int, int], dtype: torch.dtype, mode: str, form: int) -> None:
     case = make(*shape, dtype, seed=len(mode), device=DEVICE, **MODES[mode])
-    run(case)
+    run(case, form)
     case.check()
 
 
@@ -119,8 +123,9 @@ def agrees(shape: tuple[int, int, int], dtype: torch.dtype, mode: str) -> None:
 @pytest.mark.parametrize("dtype", RUN_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_name)
 @pytest.mark.parametrize("mode", MODES)
-def test_agrees_with_the_reference(shape: tuple[int, int, int], dtype: torch.dtype, mode: str) -> None:
-    agrees(shape, dtype, mode)
+@both_forms
+def test_agrees_with_the_reference(shape: tuple[int, int, int], dtype: torch.dtype, mode: str, form: int) -> None:
+    agrees(shape, dtype, mode, form)
 
 
 @on_a_device
@@ -128,37 +133,41 @@ def test_agrees_with_the_reference(shape: tuple[int, int, int], dtype: torch.dty
 @pytest.mark.parametrize("dtype", RUN_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", MORE_SHAPES, ids=shape_name)
 @pytest.mark.parametrize("mode", MORE_MODES)
-def test_agrees_with_the_reference_at_length(shape: tuple[int, int, int], dtype: torch.dtype, mode: str) -> None:
-    agrees(shape, dtype, mode)
+@both_forms
+def test_agrees_with_the_reference_at_length(shape: tuple[int, int, int], dtype: torch.dtype, mode: str, form: int) -> None:
+    agrees(shape, dtype, mode, form)
 
 
 @on_a_gpu
 @pytest.mark.parametrize("dtype", RUN_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SIZES, ids=shape_name)
 @pytest.mark.parametrize("mode", MODES)
-def test_agrees_with_the_reference_at_size(shape: tuple[int, int, int], dtype: torch.dtype, mode: str) -> None:
-    agrees(shape, dtype, mode)
+@both_forms
+def test_agrees_with_the_reference_at_size(shape: tuple[int, int, int], dtype: torch.dtype, mode: str, form: int) -> None:
+    agrees(shape, dtype, mode, form)
 
 
 @on_a_device
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", RUN_DTYPES, ids=str)
-def test_a_thousand_concepts_and_sixteen_rules(dtype: torch.dtype) -> None:
+@both_forms
+def test_a_thousand_concepts_and_sixteen_rules(dtype: torch.dtype, form: int) -> None:
     case = make(20, 128, 1024, dtype, seed=1, rules=16, device=DEVICE)
-    run(case)
+    run(case, form)
     case.check()
 
 
 @on_a_device
 @pytest.mark.parametrize("dtype", RUN_DTYPES, ids=str)
-def test_a_token_does_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+@both_forms
+def test_a_token_does_not_depend_on_the_batch(dtype: torch.dtype, form: int) -> None:
     """Neither on how many others there are, nor on its place in a tile, nor on whether they wait for projections."""
-    whole = make(70, 136, 171, dtype, seed=3, device=DEVICE)
-    run(whole)
+    whole = make(70, 264, 171, dtype, seed=3, device=DEVICE)
+    run(whole, form)
     for begin, end in [(0, 1), (1, 9), (9, 70)]:
-        part = make(70, 136, 171, dtype, seed=3, device=DEVICE)
+        part = make(70, 264, 171, dtype, seed=3, device=DEVICE)
         part = Case(part.x[begin:end], part.operands, part.table, part.row[begin:end], None, part.scores[begin:end], part.sqnorm[begin:end])
-        run(part)
+        run(part, form)
         assert same_bits(part.x, whole.x[begin:end])
         assert same_bits(part.scores, whole.scores[begin:end])
         assert same_bits(part.sqnorm, whole.sqnorm[begin:end])
@@ -167,20 +176,22 @@ def test_a_token_does_not_depend_on_the_batch(dtype: torch.dtype) -> None:
 @on_a_device
 @pytest.mark.parametrize("dtype", RUN_DTYPES[1:], ids=str)
 @pytest.mark.parametrize("residual", [False, True])
-def test_high_scores_are_those_of_readers_that_were_not_rounded(dtype: torch.dtype, residual: bool) -> None:
+@both_forms
+def test_high_scores_are_those_of_readers_that_were_not_rounded(dtype: torch.dtype, residual: bool, form: int) -> None:
     options = {"seed": 5, "steer": False, "residual": residual, "device": DEVICE}
     fast, high = (make(20, 520, 177, dtype, precision=precision, **options) for precision in ops.PRECISIONS)
-    run(fast)
-    run(high)
+    run(fast, form)
+    run(high, form)
     assert CLOSER * high.lost() < fast.lost()
 
 
 @on_a_device
 @pytest.mark.parametrize("dtype", RUN_DTYPES, ids=str)
-def test_bf16_scores_are_fp32_scores_rounded_once(dtype: torch.dtype) -> None:
+@both_forms
+def test_bf16_scores_are_fp32_scores_rounded_once(dtype: torch.dtype, form: int) -> None:
     full, short = (make(20, 136, 177, dtype, seed=6, scores_dtype=kept, device=DEVICE) for kept in (torch.float32, torch.bfloat16))
-    run(full)
-    run(short)
+    run(full, form)
+    run(short, form)
     assert same_bits(short.scores, full.scores.to(torch.bfloat16))
     assert same_bits(short.x, full.x)
 
@@ -194,52 +205,57 @@ def test_a_gpu_that_takes_small_numbers_as_zero_is_no_silent_loss(monkeypatch: p
 
 @on_a_gpu
 @pytest.mark.parametrize("dtype", RUN_DTYPES, ids=str)
-def test_runs_repeat_bit_for_bit(dtype: torch.dtype) -> None:
+@both_forms
+def test_runs_repeat_bit_for_bit(dtype: torch.dtype, form: int) -> None:
     first, *others = (make(3000, 2048, 171, dtype, seed=4, residual=True, device=DEVICE) for _ in range(4))
-    run(first)
+    run(first, form)
     for other in others:
-        run(other)
+        run(other, form)
         assert same_bits(first.x, other.x)
         assert same_bits(first.scores, other.scores)
         assert same_bits(first.sqnorm, other.sqnorm)
 
 
 @on_a_device
-def test_gate_opens_on_the_score_and_falls_back() -> None:
+@both_forms
+def test_gate_opens_on_the_score_and_falls_back(form: int) -> None:
     directions = torch.eye(3, 16, device=DEVICE)
     operands = ops.Operands.build(directions, directions, torch.tensor([1.0, 0, 0]), torch.tensor([2.0, 1, 1]))
     row = ops.Row(torch.full((16,), 10.0), gate=ops.Gate(0, 1.5), otherwise=ops.Row(torch.full((16,), -10.0)))
     x = torch.zeros(4, 16, device=DEVICE)
     x[:, 0] = torch.tensor([4.0, 4.5, math.nan, -100.0])  # scores 1.5 (not above), 1.75, NaN, -50.5
     case = Case(x, operands, ops.Table.build([row], operands))
-    run(case)
+    run(case, form)
     assert (x - case.before)[:, 1].tolist() == [-10.0, 10.0, -10.0, -10.0]
 
 
 @on_a_device
-def test_row_none_means_row_zero() -> None:
+@both_forms
+def test_row_none_means_row_zero(form: int) -> None:
     a, b = (make(20, 64, 8, torch.float32, seed=5, device=DEVICE) for _ in range(2))
     a.row, b.row = None, torch.zeros_like(b.row)
-    run(a)
-    run(b)
+    run(a, form)
+    run(b, form)
     assert same_bits(a.x, b.x)
     a.check()
 
 
 @on_a_device
-def test_nothing_to_do_is_fine() -> None:
-    run(make(0, 64, 8, torch.float16, seed=6, device=DEVICE))
+@both_forms
+def test_nothing_to_do_is_fine(form: int) -> None:
+    run(make(0, 64, 8, torch.float16, seed=6, device=DEVICE), form)
     case = make(4, 64, 8, torch.float16, seed=6, steer=False, outputs=False, device=DEVICE)
-    run(case)
+    run(case, form)
     assert same_bits(case.x, case.before)
 
 
 @on_a_device
-def test_nan_stays_in_its_token() -> None:
+@both_forms
+def test_nan_stays_in_its_token(form: int) -> None:
     case, clean = (make(30, 64, 40, torch.float32, seed=7, device=DEVICE) for _ in range(2))
     case.x[11, 5] = math.nan
-    run(case)
-    run(clean)
+    run(case, form)
+    run(clean, form)
     others = torch.arange(30, device=DEVICE) != 11
     assert case.scores[11].isnan().all()
     assert same_bits(case.x[others], clean.x[others])
@@ -247,14 +263,15 @@ def test_nan_stays_in_its_token() -> None:
 
 
 @on_a_device
-def test_an_index_out_of_range_counts_as_none() -> None:
+@both_forms
+def test_an_index_out_of_range_counts_as_none(form: int) -> None:
     """A GPU's indices cannot be checked without waiting for it, so the kernel must not follow a wrong one."""
     case = make(6, 64, 9, torch.float32, seed=8, gates=False, device=DEVICE)
     case.table.gate[1] = torch.tensor([0, 1000])
     case.table.gate_threshold[1] = math.inf
     case.table.rule_concept[2, 0] = 1000
     case.row.copy_(torch.tensor([0, 1000, -5, 1, 2, 3]))
-    run(case)
+    run(case, form)
     changed = (case.x != case.before).any(1).tolist()
     assert changed == [True, False, False, False, True, True]
     assert case.x.isfinite().all()
@@ -284,6 +301,16 @@ def test_refuses_what_does_not_fit() -> None:
     refuses("row must be torch.int32, got torch.int64", row=torch.zeros(6, dtype=torch.int64))
     refuses("without a table", table=None)
     refuses("has no rows", table=ops.Table.empty(0, 64, device=DEVICE), row=None)
+    case = make(6, 64, 9, torch.float16, seed=10, device=DEVICE)
+    with pytest.raises(ValueError, match="Triton has no form 3; it has 1, 2"):
+        run(case, form=3)
+    assert torch.equal(case.x, case.before)
+
+
+@pytest.mark.parametrize(("architecture", "multiprocessors", "most"), [("sm_90", 132, 2048), ("sm_80", 108, 1664), ("gfx942", 304, 4864)])
+def test_few_tokens_are_cut_into_slices(architecture: str, multiprocessors: int, most: int) -> None:
+    tile = launcher.tile_for(architecture, 2)
+    assert [launcher.form_for(tokens, tile, multiprocessors) for tokens in (1, most, most + 1, 16384)] == [2, 2, 1, 1]
 
 
 # --- the dispatcher -------------------------------------------------------------------------------------------------
@@ -313,13 +340,14 @@ def test_is_what_a_gpu_without_a_kernel_runs() -> None:
 
 
 @on_a_gpu
-def test_replays_in_a_cuda_graph() -> None:
-    case = make(40, 256, 171, torch.bfloat16, seed=9, device=DEVICE)
-    run(case)
+@both_forms
+def test_replays_in_a_cuda_graph(form: int) -> None:
+    case = make(40, 512, 171, torch.bfloat16, seed=9, device=DEVICE)
+    run(case, form)
     expected = case.x.clone(), case.scores.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run(case)
+        run(case, form)
     case.x.copy_(case.before)
     case.scores.fill_(math.nan)
     graph.replay()

@@ -1,9 +1,10 @@
-"""Launches the Triton kernel: argument checks as in csrc/ops.cpp, tile sizes, and its place in torch's dispatcher."""
+"""Launches the Triton kernels: argument checks as in csrc/ops.cpp, tile sizes, and its place in torch's dispatcher."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import gcd
 
@@ -14,8 +15,11 @@ import triton
 from emovec.ops import DTYPES, LANES, MAX_CONCEPTS, MAX_RULES, Layer, Table
 
 from .kernel import apply_kernel
+from .sliced import finish_kernel
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernel runs on CPU tensors, for tests
+WHOLE, SLICED = 1, 2  # the forms; 0 takes the one that suits the call
+SLICE = 256  # columns of a slice
 OFFSETS = 2**31  # the kernel's offsets inside a tile, the bank and a row of the table are 32 bits wide
 
 
@@ -51,23 +55,45 @@ HIGH_TILES = {
     "gfx1": Tile(64, 32, 8, 2),
     "interpreter": Tile(32, 64, 1, 1),
 }
+# Of a slice: as few tokens as a product takes, and a pipeline that holds a whole slice of the readers where there is room for it.
+SLICED_TILES = {
+    "sm_8": Tile(16, 64, 4, 4),
+    "gfx9": Tile(16, 64, 4, 2),
+    "gfx1": Tile(16, 32, 8, 2),
+    "interpreter": Tile(16, 64, 1, 1),
+}
 
 
-def tile_for(architecture: str, itemsize: int, high: bool = False) -> Tile:
-    """The tile for ``architecture`` ("sm_86", "gfx942", "interpreter"). One that is not in the table takes sm_80's.
+def family_of(architecture: str, known: Iterable[str]) -> str:
+    """The one of ``known`` that ``architecture`` ("sm_86", "gfx942", "interpreter") begins with; sm_80's for others."""
+    return next((name for name in known if architecture.startswith(name)), "sm_8")
+
+
+def tile_for(architecture: str, itemsize: int, high: bool = False, sliced: bool = False) -> Tile:
+    """The tile for ``architecture`` and an element of ``itemsize`` bytes.
 
     high: readers come in two parts, as they never do beside fp32.
     """
-    family = next((name for name in TILES if architecture.startswith(name)), "sm_8")
+    if sliced:
+        tile = SLICED_TILES[family_of(architecture, SLICED_TILES)]
+        return replace(tile, columns=tile.columns * 2 // itemsize // (2 if high else 1))
+    family = family_of(architecture, TILES)
     return HIGH_TILES[family] if high else TILES[family][itemsize]
+
+
+def form_for(tokens: int, tile: Tile, multiprocessors: int) -> int:
+    """SLICED where the tiles of the whole form are too few for the GPU. A slice's tile is smaller, so each token then costs as many times
+    the readers' traffic as the whole form's tile is larger; idle multiprocessors are worth that."""
+    tiles = -(-tokens // tile.tokens)
+    return SLICED if tiles * (tile.tokens // 16) <= multiprocessors else WHOLE
 
 
 @cache
 def constants(
-    architecture: str, dtype: torch.dtype, width: int, concepts: int, rules: int, unit: int, high: bool = False
+    architecture: str, dtype: torch.dtype, width: int, concepts: int, rules: int, unit: int, high: bool = False, sliced: bool = False
 ) -> dict[str, int | str]:
     """What the kernel is compiled with: its constants by name, and Triton's ``num_warps`` and ``num_stages``."""
-    tile = tile_for(architecture, dtype.itemsize, high)
+    tile = tile_for(architecture, dtype.itemsize, high, sliced)
     first = min(128, max(16, 1 << concepts.bit_length() - 1))
     return {
         "WIDTH": width,
@@ -77,14 +103,31 @@ def constants(
         "UNIT": unit,
         # NVIDIA multiplies fp32 on tensor cores as TF32 only; three such products have fp32's precision.
         "PRECISION": "tf32x3" if dtype == torch.float32 and architecture.startswith("sm_") else "ieee",
-        "ASYNC": architecture.startswith(("sm_9", "sm_10")),
+        "ASYNC": architecture.startswith(("sm_9", "sm_10")) and not sliced,
         "HIGH": high,
+        "SLICE": SLICE if sliced else 0,
         "BM": tile.tokens,
         "BD": tile.columns,
         "K0": first,
         "K1": min(64, max(16, triton.next_power_of_2(concepts - first))),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+    }
+
+
+@cache
+def finish_constants(width: int, concepts: int, rules: int, unit: int) -> dict[str, int]:
+    """The same of the kernel that completes a sliced call."""
+    return {
+        "WIDTH": width,
+        "CONCEPTS": concepts,
+        "RULES": rules,
+        "SLOTS": triton.next_power_of_2(max(rules, 1)),
+        "UNIT": unit,
+        "SLICES": -(-width // SLICE),
+        "BD": min(1024, triton.next_power_of_2(width)),
+        "BK": min(256, triton.next_power_of_2(concepts)),
+        "num_warps": 4,
     }
 
 
@@ -99,6 +142,11 @@ def architecture_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+@cache
+def multiprocessors_of(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 # --- the op -------------------------------------------------------------------------------------------------------
 
 
@@ -110,11 +158,13 @@ def apply_(
     residual: Tensor | None = None,
     scores: Tensor | None = None,
     sqnorm: Tensor | None = None,
+    *,
+    form: int = 0,
 ) -> None:
-    """As :func:`emovec.ops.apply_`, always by the Triton kernel."""
+    """As :func:`emovec.ops.apply_`, always by Triton. form: 1 is one kernel, 2 the two kernels for few tokens, 0 what suits the call."""
     o = layer.operands(x.device, x.dtype)
     steering = {} if table is None else vars(table)
-    launch(x, o.readers, o.directions, o.mean, o.inv_std, residual, row, scores=scores, sqnorm=sqnorm, **steering)
+    launch(x, o.readers, o.directions, o.mean, o.inv_std, residual, row, scores=scores, sqnorm=sqnorm, form=form, **steering)
 
 
 def launch(
@@ -135,14 +185,15 @@ def launch(
     sqnorm: Tensor | None = None,
     form: int = 0,
 ) -> None:
-    """``torch.ops.emovec.apply_`` with readers packed for a GPU (``[KP, d]``, or ``[2, KP, d]``). Allocates nothing, does not synchronise.
+    """``torch.ops.emovec.apply_`` with readers packed for a GPU (``[KP, d]``, or ``[2, KP, d]``). Does not synchronise.
 
-    The first call of each combination of d, K, M, dtype and given arguments compiles; make it before a graph is captured.
+    Allocates nothing but, for few tokens, a workspace of ``ceil(d / 256) * N * (K + 1)`` floats, by torch. The first call of
+    each combination of d, K, M, dtype and given arguments compiles; make it before a graph is captured.
 
     Raises:
         ValueError, naming the argument and its value; nothing has been changed then.
     """
-    _require(form == 0, f"the Triton kernel has no form {form}; its only form is 0")
+    _require(form in (0, WHOLE, SLICED), f"Triton has no form {form}; it has {WHOLE}, {SLICED}, and 0 for one of them")
     _require(x.is_cuda or (INTERPRETED and x.device.type == "cpu"), f"x must be on a GPU, got {x.device}")
     _require(x.dtype in DTYPES, f"x must be float32, bfloat16 or float16, got {x.dtype}")
     _require(x.dim() == 2, f"x must be [N, d], got {list(x.shape)}")
@@ -159,7 +210,7 @@ def launch(
     architecture = architecture_of(x.device)
     small = high and x.dtype == torch.float16 and architecture == "gfx90a"
     _require(not small, 'precision="high" in float16 needs numbers that the matrix units of gfx90a take as zero; use bfloat16')
-    tile = tile_for(architecture, x.itemsize, high)
+    tile = tile_for(architecture, x.itemsize, high)  # also bounds what the smaller tiles of slices reach
     x_stride = _pitch("x", x, tile)
     _require(x_stride >= width, f"the rows of x overlap, their stride is {x_stride} for d = {width}")
     residual_stride = scores_stride = 0
@@ -183,14 +234,32 @@ def launch(
         return
 
     unit = gcd(x_stride, residual_stride, 16)
+    form = form or form_for(tokens, tile, multiprocessors_of(x.device))
+    outputs = scores is not None or sqnorm is not None
+    steers_first = form == WHOLE or not outputs  # or else the first of two kernels does not look at the table
+    compiled = constants(architecture, x.dtype, width, concepts, rules if steers_first else 0, unit, high, form == SLICED)
+    grid: tuple[int, ...] = (-(-tokens // int(compiled["BM"])),)
+    steering = (row, delta, gate, gate_threshold, rule_concept, rule_bounds, rule_solve)
+    strides = (x_stride // unit, residual_stride // unit)
     on_device = nullcontext() if x.device.type == "cpu" else torch.cuda.device(x.device)
     with on_device:
-        apply_kernel[(-(-tokens // tile.tokens),)](
-            x, residual, readers, directions, mean, inv_std, row,
-            delta, gate, gate_threshold, rule_concept, rule_bounds, rule_solve, scores, sqnorm,
-            tokens, rows, x_stride // unit, residual_stride // unit, scores_stride,
-            **constants(architecture, x.dtype, width, concepts, rules, unit, high),
+        if form == WHOLE:
+            apply_kernel[grid](
+                x, residual, readers, directions, mean, inv_std, *steering, scores, sqnorm,
+                tokens, rows, *strides, scores_stride, **compiled,
+            )  # fmt: skip
+            return
+        finishing = finish_constants(width, concepts, rules, unit)
+        slices = finishing["SLICES"]
+        parts = x.new_empty(slices, tokens, concepts, dtype=torch.float32)
+        squares = None if sqnorm is None else x.new_empty(slices, tokens, dtype=torch.float32)
+        apply_kernel[(*grid, slices)](
+            x, residual, readers, directions, None, None, *(steering if steers_first else (None,) * 7), parts, squares,
+            tokens, rows, *strides, concepts, **compiled,
         )  # fmt: skip
+        finish_kernel[(tokens, 1 if delta is None else -(-width // finishing["BD"]))](
+            x, directions, mean, inv_std, *steering, scores, sqnorm, parts, squares, tokens, rows, strides[0], scores_stride, **finishing
+        )
 
 
 # --- checks -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # ruff: noqa: N803, N806  (constants of a kernel are in capitals)
-"""The op as one Triton kernel. A program owns BM tokens, so nothing it writes is read by another and nothing is atomic.
+"""The op as one Triton kernel, and the first half of a call on few tokens, which sliced.py completes.
 
+A program owns BM tokens, so nothing it writes is read by another and nothing is atomic.
 Loop 1 streams the tokens once: projections and norms accumulate, and tokens whose row only adds are written back on the
 way. Loop 2 runs where the tile has tokens with a gate or rules: these need complete projections first, so their stream
 is read again (from L2, where the tile may still be). Without outputs there is nothing to read for the tokens that only
@@ -12,6 +13,8 @@ not fit. Offsets of a tile or a row of the table are 64 bits wide. How far loop 
 Triton 3.6 fails to compile for sm_100 where a reduction to a scalar follows from a product.
 
 Concepts are taken K0 + K1 at a time: ``tl.dot`` wants powers of two, and 171 fits 128 + 64 with less waste than 256.
+
+With SLICE a program reads so many columns only, and writes what they make of its tokens' projections and squares, raw, to a workspace.
 
 A token's result depends on nothing else in its tile: sums run over d in an order that is fixed by BD, a concept is
 picked by adding exact zeros, and what another token needs (a later slot, loop 2) is masked, not added as zero.
@@ -25,12 +28,14 @@ import triton.language as tl
 
 @triton.jit
 def write_scores(scores_row, acc, mean_ptr, inv_std_ptr, valid, first, CONCEPTS: tl.constexpr, KT: tl.constexpr):
-    """Scores of the KT concepts from ``first`` on; ``scores_row`` [BM, 1] points at each token's first score."""
+    """Scores of the KT concepts from ``first`` on, projections without a mean; ``scores_row`` [BM, 1] points at each token's first."""
     concept = first + tl.arange(0, KT)
     known = concept < CONCEPTS
-    mean = tl.load(mean_ptr + concept, mask=known, other=0.0)
-    inv_std = tl.load(inv_std_ptr + concept, mask=known, other=0.0)
-    score = (acc - mean[None, :]) * inv_std[None, :]
+    score = acc
+    if mean_ptr is not None:
+        mean = tl.load(mean_ptr + concept, mask=known, other=0.0)
+        inv_std = tl.load(inv_std_ptr + concept, mask=known, other=0.0)
+        score = (acc - mean[None, :]) * inv_std[None, :]
     tl.store(scores_row + concept[None, :], score.to(scores_row.dtype.element_ty), mask=valid[:, None] & known[None, :])
 
 
@@ -88,16 +93,20 @@ def apply_kernel(
     delta_ptr, gate_ptr, threshold_ptr, concept_ptr, bounds_ptr, solve_ptr, scores_ptr, sqnorm_ptr,
     tokens, rows, x_stride, residual_stride, scores_stride,
     WIDTH: tl.constexpr, CONCEPTS: tl.constexpr, RULES: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    ASYNC: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+    ASYNC: tl.constexpr, HIGH: tl.constexpr, SLICE: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
 ):  # fmt: skip
     """The op's arguments; a pointer that is None was not given. SLOTS is RULES rounded up to a power of two.
 
     The strides of x and residual are in units of UNIT elements, so that the compiler knows how rows are aligned.
     ASYNC: products run beside the program and read shared memory, as on sm_90 and sm_100.
     HIGH: readers are [2, KP, d], what rounding took from them after them.
+    SLICE: columns of a program, 0 for all. Not 0: scores [slices, tokens, CONCEPTS] and sqnorm [slices, tokens] are the workspace, x is not
+    written, and with a table only what a token of the tile waits for is computed.
     """
     STEER: tl.constexpr = delta_ptr is not None
-    READ: tl.constexpr = scores_ptr is not None or sqnorm_ptr is not None
+    READ: tl.constexpr = (scores_ptr is not None or sqnorm_ptr is not None) and not (STEER and SLICE > 0)
+    SPAN: tl.constexpr = SLICE if SLICE > 0 else WIDTH
+    RAGGED: tl.constexpr = WIDTH % (SLICE if SLICE > 0 else BD) != 0
     WIDE: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     # On sm_90, Triton 3.6 lets the next tile of x overwrite one that a product still reads from shared memory, if anything
     # but the product reads it as well (seen on an H200). Then the product is given registers, through a select that stays.
@@ -115,6 +124,12 @@ def apply_kernel(
     x_off = near[:, None] * (x_stride * UNIT)
     rest_ptr = readers_ptr + (CONCEPTS + 15) // 16 * 16 * WIDTH
     column = tl.arange(0, BD)
+    if SLICE > 0:
+        column += tl.program_id(1) * SLICE
+        if scores_ptr is not None:
+            scores_ptr += tl.program_id(1).to(tl.int64) * tokens * scores_stride
+        if sqnorm_ptr is not None:
+            sqnorm_ptr += tl.program_id(1).to(tl.int64) * tokens
     slot = tl.arange(0, SLOTS)
 
     last = CONCEPTS
@@ -141,12 +156,12 @@ def apply_kernel(
         square = tl.zeros((BM,), tl.float32)
         concept0 = first + tl.arange(0, K0)
         concept1 = first + K0 + tl.arange(0, K1)
-        for start in range(0, WIDTH, BD):
+        for start in range(0, SPAN, BD):
             at = start + column
             inside = there[:, None]
             known0 = (concept0 < CONCEPTS)[:, None]
             known1 = (concept1 < CONCEPTS)[:, None]
-            if WIDTH % BD != 0:
+            if RAGGED:
                 inside &= (at < WIDTH)[None, :]
                 known0 &= (at < WIDTH)[None, :]
                 known1 &= (at < WIDTH)[None, :]
@@ -189,7 +204,7 @@ def apply_kernel(
             write_scores(scores_row, acc1, mean_ptr, inv_std_ptr, valid, first + K0, CONCEPTS, K1)
         if sqnorm_ptr is not None:
             tl.store(sqnorm_ptr + token, square, mask=valid & (first == 0))
-        if STEER:
+        if STEER and SLICE == 0:
             row, gate, otherwise = look_up(row_ptr, gate_ptr, token, tokens, rows, CONCEPTS)  # again: cheaper than to keep them
             p_gate += pick(acc0, acc1, gate, first, K0, K1)
             if RULES > 0:
@@ -199,7 +214,7 @@ def apply_kernel(
                     p_open += tl.where(slot[None, :] == m, pick(acc0, acc1, while_open, first, K0, K1)[:, None], 0.0)
                     p_closed += tl.where(slot[None, :] == m, pick(acc0, acc1, while_closed, first, K0, K1)[:, None], 0.0)
 
-    if STEER:
+    if STEER and SLICE == 0:
         mean = tl.load(mean_ptr + gate, mask=gate >= 0, other=0.0)
         inv_std = tl.load(inv_std_ptr + gate, mask=gate >= 0, other=0.0)
         threshold = tl.load(threshold_ptr + row, mask=gate >= 0, other=0.0)
