@@ -67,9 +67,10 @@ def test_three_tiles(emulate: Callable[..., int]) -> None:
 
 @pytest.mark.parametrize("blocks", [1, 2, 4, 8])
 def test_sixteen_rules(emulate: Callable[..., int], blocks: int) -> None:
-    case = make(140, 128, 171, torch.bfloat16, seed=3, rules=16)
-    assert emulate(case, stream=blocks) == 0
-    case.check()
+    for tokens, width in [(140, 128), (20, 2312)]:  # less than a piece of a token at a time, and several pieces
+        case = make(tokens, width, 171, torch.bfloat16, seed=3, rules=16)
+        assert emulate(case, stream=blocks) == 0
+        case.check()
 
 
 @pytest.mark.parametrize("blocks", [1, 8])

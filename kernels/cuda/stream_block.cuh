@@ -112,7 +112,7 @@ class StreamBlock {
   __device__ __forceinline__ void bring() const {
     const int column = slice() * cut.steps * kColumns, row = static_cast<int>(first());
     if (projects()) {
-      if (threadIdx.x == 0) bring_tokens(matrices, a.residual, shared(), rings().tokens[0], cut.token_stages, row, column, steps());
+      if (threadIdx.x == 0) bring_tokens(matrices, a.residual, shared(), rings().tokens, cut.token_stages, row, column, steps());
       if (threadIdx.x == 32) bring_readers(matrices, shared() + kReaderRing, rings().readers, cut.reader_stages, column, steps());
       if (threadIdx.x >= kGroup / 2) bring_scales(threadIdx.x - kGroup / 2);
       __syncwarp();
@@ -124,8 +124,6 @@ class StreamBlock {
         if (cut.ranks > 1) __syncthreads();
       }
     }
-    if (again() && threadIdx.x == 0) bring_tokens(matrices, false, shared(), rings().tokens[1], cut.token_stages, row, column, steps());
-    __syncwarp();
   }
 
   // By half a warpgroup: the scores' means and deviations, for which everybody would wait at the end.

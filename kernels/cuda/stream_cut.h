@@ -27,7 +27,7 @@ struct RingBarriers {
   Barrier landed[STAGES], freed[STAGES];
 };
 struct Rings {
-  RingBarriers<kMostTokenStages> tokens[2];  // of the two passes
+  RingBarriers<kMostTokenStages> tokens;
   RingBarriers<kMostReaderStages> readers;
 };
 

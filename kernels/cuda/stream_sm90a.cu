@@ -7,13 +7,13 @@
 //   products   two warpgroups, 64 tokens each: tokens times readers (wgmma)
 // When the columns are through, the ring's memory takes the projections. If blocks share a tile, each adds up the projections of
 // its part of the tokens, in the order of the slices, from the blocks' shared memory. Scores are written; for tokens with a gate or
-// rules the row is chosen and the rules solved. If there are such tokens, the tile is streamed once more, and products write them.
+// rules the row is chosen and the rules solved. Such tokens are then read once more and written, a token at a time by a products warp.
 //
 // A projection is summed in the same order wherever its token lies: slices in fp32, of sums in fp32, of partial sums over 256
 // columns. The partial sums are short because tensor cores truncate what they add.
 //
 // Who writes what, and what orders it:
-//   x in global memory   a warp writes only what has landed from there, and a token is written in one of the two passes
+//   x in global memory   a streamer writes only what has landed from there, and a token is written in one of the two passes
 //   stages               the copy engine; after all warps that read it have arrived at its `freed`
 //   projections          by products after the block has met; added up by the token's block after the cluster has met
 //   decisions            by the token's block; read by the others after the cluster has met again
@@ -48,8 +48,7 @@ class Stream : StreamPass {
       prefetch_matrix(matrices.readers);
     }
     if (threadIdx.x == 0) {
-      start_ring(rings().tokens[0], kStreamers + kProducts);
-      start_ring(rings().tokens[1], kProducts);
+      start_ring(rings().tokens, kStreamers + kProducts);
       start_ring(rings().readers, kProducts);
       before_bulk_copies();
       tokens().any_waits = false;
@@ -80,7 +79,7 @@ class Stream : StreamPass {
         a.residual ? project<true>() : project<false>();
         finish();
       }
-      if (again()) stream_again();
+      if (again()) steer_again();
     }
     if (cut.ranks == 1 || !projects()) return;
     cluster_arrive_relaxed();  // nobody leaves while others read its memory
@@ -100,21 +99,23 @@ class Stream : StreamPass {
 
   template <bool RESIDUAL, bool ADDS>
   __device__ __forceinline__ void stream_first() const {
-    float square[kRounds<true>] = {};
-    stream<T, true, RESIDUAL, ADDS>(tokens().add, 0, square);
+    float square[kRounds] = {};
+    stream<T, RESIDUAL, ADDS>(square);
     __syncthreads();
 #pragma unroll
-    for (int round = 0; round < kRounds<true>; ++round) {
+    for (int round = 0; round < kRounds; ++round) {
       float sum = square[round];
       for (int distance = 1; distance < kLanes; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-      if (lane() % kLanes == 0) squares()[token<true>() + round * kApart] = sum;
+      if (lane() % kLanes == 0) squares()[token() + round * kApart] = sum;
     }
   }
 
-  __device__ __forceinline__ void stream_again() const {
+  __device__ __forceinline__ void steer_again() const {
     const bool waited = tokens().any_waits;
-    float none[kRounds<false>];
-    stream<T, false, false, true>(waited ? tokens().row : tokens().add, waited ? static_cast<int>(a.table.rules) : 0, none);
+    const int32_t* rows = waited ? tokens().row : tokens().add;
+    const int rules = waited ? static_cast<int>(a.table.rules) : 0;
+    if (cut.steps * kColumns > 2 * kSpan<T>) steer<T, 4, 1>(rows, rules);
+    else steer<T, 2, 2>(rows, rules);
   }
 
   // The projections of the tokens of this products warpgroup on this block's columns.
@@ -132,7 +133,7 @@ class Stream : StreamPass {
         const uint32_t stage = shared_address(shared() + turn.slot * kTokenBytes);
         const uint32_t readers = shared_address(shared() + kReaderRing + reader_turn.slot * kReaderBytes);
         wait(rings().readers.landed + reader_turn.slot, reader_turn.phase);
-        wait(rings().tokens[0].landed + turn.slot, turn.phase);
+        wait(rings().tokens.landed + turn.slot, turn.phase);
         __syncwarp();
         begin_products();
 #pragma unroll
@@ -162,7 +163,7 @@ class Stream : StreamPass {
   __device__ __forceinline__ void release_before(const Turn& turn, const Turn& reader_turn) const {
     __syncwarp();
     if (lane() != 0) return;
-    arrive(rings().tokens[0].freed + turn.before(cut.token_stages));
+    arrive(rings().tokens.freed + turn.before(cut.token_stages));
     arrive(rings().readers.freed + reader_turn.before(cut.reader_stages));
   }
 
@@ -185,7 +186,6 @@ class Stream : StreamPass {
     }
     if (a.scores) write_scores(begin + thread / 32, begin + own() < count() ? begin + own() : count());
     if (!waits) return;
-    before_bulk_copies();
     meet();
     if (cut.ranks == 1) return;
     // What the other blocks decided.
