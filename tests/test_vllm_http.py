@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from vllm_engine import CLOSE, NAME, TEXTS, Oracle, profiles
+from vllm_engine import CLOSE, NAME, TEXTS, Oracle
+from vllm_server import KEY, LIVE, Listening, counted, gained, post, serving, text_of
+
+from emovec.engines.vllm.tally import BOUNDS
 
 pytest.importorskip("vllm")
 requests = pytest.importorskip("requests")
@@ -23,9 +22,6 @@ requests = pytest.importorskip("requests")
 
 pytestmark = pytest.mark.engine
 
-START = 300  # seconds
-KEY = {"Authorization": "Bearer of-the-tests"}
-LIVE = "/v1/emotions/live"
 PAGE = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
 
 
@@ -36,46 +32,8 @@ def oracle():
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("server")
-    named = profiles(folder / "profiles.toml", {"steady": {"calm": 0.05, "on": '"generated"'}})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    limits = ["--max-model-len", "512", "--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--block-size", "32"]
-    shown = ["--metrics", "all", "--live", "--api-key", "of-the-tests"]
-    command = [sys.executable, "-m", "emovec", "serve", NAME, "--profiles", named, *shown, *options, *limits]
-    url = f"http://127.0.0.1:{port}"
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        try:
-            for _ in range(START):
-                time.sleep(1)
-                assert process.poll() is None, (folder / "log").read_text()[-3000:]
-                try:
-                    if requests.get(f"{url}/health", timeout=5).ok:
-                        break
-                except requests.ConnectionError:
-                    continue
-            else:
-                raise AssertionError((folder / "log").read_text()[-3000:])
-            yield url
-            with requests.get(url + LIVE, headers=KEY, stream=True, timeout=30):
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait(60)  # a listener does not keep a server from stopping
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def post(server, path="/v1/completions", **body):
-    defaults = {"model": NAME, "max_tokens": 12, "temperature": 0}
-    return requests.post(server + path, json={**defaults, **body}, headers=KEY, timeout=120)
-
-
-def text_of(answer):
-    assert answer.status_code == 200, answer.text
-    return answer.json()["choices"][0]["text"]
+    with serving(tmp_path_factory.mktemp("server")) as url:
+        yield url
 
 
 def written(oracle, ids, value):
@@ -169,6 +127,136 @@ def test_the_commands_of_the_page(server):
     assert bodies
     for body in bodies:
         assert text_of(post(server, prompt="My code fails again. I feel", **body))
+
+
+def test_metrics(server):
+    guard = [{"of": {"calm": 1, "angry": -1}, "above": -40, "hold": 1, "on": "generated"}]
+    before = counted(server)
+    assert post(server, prompt=[1, 2, 3], emotion_bias={"calm": 0.05}, emotion_scores=True, max_tokens=4, ignore_eos=True).ok
+    assert post(server, prompt=[1, 2, 3], emotion_bias={"clam": 0.05}).status_code == 400
+    assert post(server, prompt=[1, 2, 3], emotion_guard=guard, ignore_eos=True).ok
+    assert {name: value for name, value in gained(server, before).items() if not name.startswith("emovec_score_")} == {
+        "emovec_steered_requests_total": 1,
+        "emovec_refused_requests_total": 1,
+        "emovec_scored_tokens_total": 3,
+        "emovec_steered_tokens_total": 6,  # three of the prompt, and three of four that were written: the last is not run
+        'emovec_guard_events_total{do="stop",of="weighted sum"}': 1,
+    }
+
+
+def test_the_scores_of_all_generated_tokens_are_counted(server):
+    """Those of a request that asks for none as well: the same tokens twice are twice the counts."""
+    body = {"prompt": [1, 2, 3], "max_tokens": 20, "ignore_eos": True}
+    before = counted(server)
+    assert post(server, **body).ok
+    unasked = gained(server, before)
+    before = counted(server)
+    tokens = post(server, **body, emotion_scores={"on": "all"}).json()["choices"][0]["emotion_scores"]
+    assert {name: value for name, value in gained(server, before).items() if name.startswith("emovec_score_")} == unasked
+    found = [token["scores"] for token in tokens if token["kind"] == "generated"]
+    assert len(found) == 19
+    expected = {}
+    for concept in found[0]:
+        for end in (*BOUNDS, math.inf):
+            label = "+Inf" if end == math.inf else str(end)
+            expected[f'emovec_score_bucket{{concept="{concept}",le="{label}"}}'] = sum(scores[concept] <= end for scores in found)
+    assert unasked == {name: value for name, value in expected.items() if value}
+
+
+def test_the_dashboard_asks_for_what_there_is(server):
+    """Each of its metrics is exposed, with the labels and the buckets that it names."""
+    assert post(server, prompt=[1, 2, 3], emotion_guard=[{"of": "calm", "above": -40, "hold": 1}]).ok
+    exposed = {}
+    for sample in counted(server):
+        name, _, labels = sample.partition("{")
+        exposed.setdefault(name, set()).update(re.findall(r'(\w+)="([^"]*)"', labels))
+    dashboard = json.loads(subprocess.check_output([sys.executable, "-m", "emovec", "serve", "--grafana"]))
+    variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
+    targets = [target for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(targets) > 10
+    of_prometheus = {"job", "instance"}
+    used = set()
+    for target in targets:
+        expression = target["expr"]
+        metrics = set(re.findall(r"emovec_\w+", expression))
+        assert metrics
+        assert metrics <= exposed.keys()
+        used |= metrics
+        assert set(re.findall(r"\$(\w+)", expression)) <= {*variables, "__rate_interval", "__range"}
+        for metric, matchers in re.findall(r"(emovec_\w+)\{([^}]*)\}", expression):
+            known = {label for label, _ in exposed[metric]} | of_prometheus
+            for label, value in re.findall(r'(\w+)=~?"([^"]*)"', matchers):
+                assert label in known
+                assert value.startswith("$") or (label, value) in exposed[metric]
+        known = set.union(*({label for label, _ in exposed[metric]} for metric in metrics))
+        for labels in re.findall(r"by \(([^)]*)\)", expression):
+            assert set(labels.split(", ")) <= known
+        assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= known
+        assert expression.count("(") == expression.count(")")
+    assert used == {name for name in exposed if not name.endswith("_created")}, "and what is exposed is shown"
+    for variable in variables.values():
+        for metric, label in re.findall(r"label_values\((emovec_\w+)(?:\{[^}]*\})?, (\w+)\)", variable.get("definition", "")):
+            assert label in {label for label, _ in exposed[metric]} | of_prometheus
+
+
+# --- the live view ------------------------------------------------------------------------------------------------
+
+
+def test_the_live_view_shows_all_requests_and_no_text(server, oracle):
+    ids = oracle.ids(TEXTS[0])
+    with Listening(server, "?concepts=calm,desperate") as live, Listening(server) as strongest:
+        plain = post(server, prompt=ids, ignore_eos=True).json()
+        asked = post(server, prompt=ids, ignore_eos=True, emotion_bias={"calm": 0.05}, emotion_scores=True).json()
+        stopped = post(server, prompt=ids, emotion_guard=[{"of": "calm", "above": -40, "hold": 1, "on": "generated"}]).json()
+        events, tops = live.take(24), strongest.take(24)
+    of_plain, of_asked, of_stopped = (
+        [(kind, event) for kind, event in events if event["request"].startswith(answer["id"])] for answer in (plain, asked, stopped)
+    )
+    assert [event["position"] for _, event in of_plain] == list(range(len(ids), len(ids) + 11))
+    assert {kind for kind, _ in of_plain} == {"scores"}
+    scores = oracle.run(ids, None, 12)[2]
+    for _, event in of_plain:
+        assert (event["kind"], event["choice"], list(event["scores"])) == ("generated", 0, ["calm", "desperate"])
+        for name, value in event["scores"].items():
+            assert abs(value - float(scores.of(name)[event["position"]])) < 0.05
+    returned = asked["choices"][0]["emotion_scores"]
+    assert [(event["position"], event["scores"]["calm"]) for _, event in of_asked] == [
+        (token["position"], token["scores"]["calm"]) for token in returned
+    ]
+    assert [(kind, event["position"]) for kind, event in of_stopped] == [("scores", len(ids)), ("guard", len(ids))]
+    assert of_stopped[1][1]["do"] == "stop"
+    highest = {event["position"]: event["scores"] for _, event in tops if event["request"].startswith(asked["id"])}
+    for token in returned:
+        best = sorted(token["scores"].items(), key=lambda item: -item[1])[:5]
+        assert list(highest[token["position"]].items()) == best
+    keys = {key for _, event in [*events, *tops] for key in event}
+    assert keys == {"request", "choice", "position", "kind", "scores", "of", "value", "above", "do"}
+
+
+def test_the_choices_of_one_request_are_told_apart(server):
+    with Listening(server, "?top=1") as live:
+        assert post(server, prompt=[1, 2, 3], n=2, temperature=1.0, max_tokens=4, ignore_eos=True).ok
+        found = sorted((event["choice"], event["position"]) for _, event in live.take(6))
+    assert found == [(choice, position) for choice in (0, 1) for position in (3, 4, 5)]
+
+
+def test_the_live_view_is_behind_the_key(server):
+    for headers in ({}, {"Authorization": "Bearer other"}):
+        answer = requests.get(server + LIVE, headers=headers, timeout=10)
+        assert answer.status_code == 401
+        assert "concepts" not in answer.text
+    assert requests.post(server + LIVE, headers=KEY, timeout=10).status_code == 405
+    page = requests.get(f"{server}/emotions", timeout=10)
+    assert page.ok
+    assert page.headers["content-type"].startswith("text/html")
+    assert "desperate, " not in page.text
+
+
+@pytest.mark.parametrize(("query", "said"), [("?top=none", "top must be"), ("?concepts=clam", "calm"), ("?concept=calm", "concepts")])
+def test_what_the_live_view_cannot_show_is_answered_with_400(server, query, said):
+    answer = requests.get(server + LIVE + query, headers=KEY, timeout=10)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -192,6 +192,7 @@ def test_there_are_not_any_number_of_listeners(feed, monkeypatch):
         pass
 
     with feed.listening(Choice(np.arange(7), 1)):
+
         async def second():
             sent = []
 
