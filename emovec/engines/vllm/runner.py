@@ -226,31 +226,35 @@ class Runner:
         self.step.reads = self._always or bool(self._picks)
 
     def deliver(self, result: Any) -> None:
-        """Put the scores of the pass into its output, without waiting for the device."""
+        """Put the scores of the pass, and how many tokens were steered, into its output, without waiting for the device."""
         picks, self._picks = self._picks, []
         steered, self._steered = self._steered, {}
         if not picks and not steered:
             return
-        count = sum(pick.count for pick in picks)
-        taken = self.scores.index_select(1, self._picked[:count])
-        copy, event = taken, None
-        if taken.is_cuda and picks:
-            copy = torch.empty(taken.shape, pin_memory=True)
-            copy.copy_(taken, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
+        taken, event = self._taken(sum(pick.count for pick in picks)) if picks else (None, None)
 
         def attach(output: Any) -> None:
             setattr(output, STEERED, steered)
             if event is not None:
                 event.synchronize()
-            if picks:
-                self._attach(output, picks, copy)
+            if taken is not None:
+                self._attach(output, picks, taken)
 
         if hasattr(result, "get_output"):
             after(result, "get_output", attach)
         else:
             attach(result)
+
+    def _taken(self, count: int) -> tuple[Tensor, Any]:
+        """The op's scores of the picked tokens on the host, and the event after which they are there, or None."""
+        taken = self.scores.index_select(1, self._picked[:count])
+        if not taken.is_cuda:
+            return taken, None
+        copy = torch.empty(taken.shape, pin_memory=True)
+        copy.copy_(taken, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return copy, event
 
     def _attach(self, output: Any, picks: list[_Pick], raw: Tensor) -> None:
         of_prompt = [position < pick.prompt for pick in picks for position in range(pick.start, pick.start + pick.count)]
