@@ -205,7 +205,8 @@ def test_the_dashboard_asks_for_what_there_is(server):
 
 def test_the_live_view_shows_all_requests_and_no_text(server, oracle):
     ids = oracle.ids(TEXTS[0])
-    with Listening(server, "?concepts=calm,desperate") as live, Listening(server) as strongest:
+    (of_the_page,) = re.findall(r"^curl -N 'localhost:8000/v1/emotions/live(\S+)'$", PAGE, re.MULTILINE)
+    with Listening(server, of_the_page) as live, Listening(server) as strongest:
         plain = post(server, prompt=ids, ignore_eos=True).json()
         asked = post(server, prompt=ids, ignore_eos=True, emotion_bias={"calm": 0.05}, emotion_scores=True).json()
         stopped = post(server, prompt=ids, emotion_guard=[{"of": "calm", "above": -40, "hold": 1, "on": "generated"}]).json()
