@@ -1,10 +1,11 @@
 """What the plugin costs vLLM: `python bench/serving.py` decodes one batch in settings that take turns.
 
-Two engines are up: one without the plugin's configuration ("absent") and one with it. On the second the same prompts are run with nothing
-of emovec in the requests ("idle"), with scores for all of them ("reading"), with one steering value for all ("one value") and with as
-many values as requests ("16 values"). Timed is each step in which every request gets one token, from one step's output to the next;
-a setting's round is its median. Settings take turns within each round, so what else the machine does falls on all of them alike; a
-setting is compared with "absent" of the same round, and the spread over rounds is given with the median.
+Three engines are up: one without the plugin's configuration ("absent"), one with it, and one that counts the scores of all concepts for
+its metrics. On the second the same prompts are run with nothing of emovec in the requests ("idle"), with scores for all of them
+("reading"), with one steering value for all ("one value") and with as many values as requests ("16 values"); on the third with nothing
+in the requests ("metrics"). Timed is each step in which every request gets one token, from one step's output to the next; a setting's
+round is its median. Settings take turns within each round, so what else the machine does falls on all of them alike; a setting is
+compared with "absent" of the same round, and the spread over rounds is given with the median.
 
 Needs vLLM beside emovec (see docs/serving.md). On a GPU the same command does, with `--dtype bfloat16` and a model and bank of your own.
 """
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="to generate")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--memory", type=float, default=None, help="share of a GPU's memory for each of the two engines")
+    parser.add_argument("--memory", type=float, default=None, help="share of a GPU's memory for each of the three engines")
     parser.add_argument("--name", default="serving")
     o = parser.parse_args()
     bank = o.bank or o.model
@@ -54,12 +55,14 @@ def main() -> None:
 
     absent = LLM(local_path(o.model), **shared)
     ours = LLM(local_path(o.model), **shared, additional_config={"emovec": {"bank": bank}})
+    counting = LLM(local_path(o.model), **shared, additional_config={"emovec": {"bank": bank, "metrics": "all"}})
     one = {"emotion_bias": {names[0]: STRENGTH}}
     several = [{"emotion_bias": {names[i]: STRENGTH, names[i + 1]: -STRENGTH}} for i in range(o.requests)]
     settings: dict[str, tuple[Any, list[Any]]] = {
         "absent": (absent, [None] * o.requests),
         "idle": (ours, [None] * o.requests),
         "reading": (ours, [{"emotion_scores": True}] * o.requests),
+        "metrics": (counting, [None] * o.requests),
         "one value": (ours, [one] * o.requests),
         f"{o.requests} values": (ours, several),
     }

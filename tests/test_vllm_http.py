@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from vllm_engine import CLOSE, NAME, TEXTS, Oracle, profiles
+from vllm_engine import CLOSE, NAME, TEXTS, Oracle
+from vllm_server import KEY, LIVE, Listening, counted, gained, post, serving, text_of
+
+from emovec.engines.vllm.tally import BOUNDS
 
 pytest.importorskip("vllm")
 requests = pytest.importorskip("requests")
@@ -22,7 +22,7 @@ requests = pytest.importorskip("requests")
 
 pytestmark = pytest.mark.engine
 
-START = 300  # seconds
+PAGE = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -32,46 +32,8 @@ def oracle():
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("server")
-    named = profiles(folder / "profiles.toml", {"steady": {"calm": 0.05, "on": '"generated"'}})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    limits = ["--max-model-len", "512", "--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--block-size", "32"]
-    command = [sys.executable, "-m", "emovec", "serve", NAME, "--profiles", named, *options, *limits]
-    url = f"http://127.0.0.1:{port}"
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        try:
-            for _ in range(START):
-                time.sleep(1)
-                assert process.poll() is None, (folder / "log").read_text()[-3000:]
-                try:
-                    if requests.get(f"{url}/health", timeout=5).ok:
-                        break
-                except requests.ConnectionError:
-                    continue
-            else:
-                raise AssertionError((folder / "log").read_text()[-3000:])
-            yield url
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-                try:
-                    process.wait(30)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-
-
-def post(server, path="/v1/completions", **body):
-    defaults = {"model": NAME, "max_tokens": 12, "temperature": 0}
-    return requests.post(server + path, json={**defaults, **body}, timeout=120)
-
-
-def text_of(answer):
-    assert answer.status_code == 200, answer.text
-    return answer.json()["choices"][0]["text"]
+    with serving(tmp_path_factory.mktemp("server")) as url:
+        yield url
 
 
 def written(oracle, ids, value):
@@ -143,7 +105,7 @@ def test_a_client_that_leaves_changes_nothing_for_the_next(server, oracle):
     for _ in range(3):
         body = {"model": NAME, "prompt": ids, "max_tokens": 300, "ignore_eos": True, "stream": True}
         body |= {"emotion_bias": {"desperate": 0.2}, "emotion_scores": True}
-        with requests.post(f"{server}/v1/completions", json=body, stream=True, timeout=120) as answer:
+        with requests.post(f"{server}/v1/completions", json=body, headers=KEY, stream=True, timeout=120) as answer:
             for _ in zip(range(3), answer.iter_lines(), strict=False):
                 pass
     assert text_of(post(server, prompt=ids)) == before
@@ -151,25 +113,20 @@ def test_a_client_that_leaves_changes_nothing_for_the_next(server, oracle):
 
 
 def test_the_commands_of_the_page(server):
-    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
-    commands = [block for block in re.findall(r"^```sh\n(.*?)^```", page, re.DOTALL | re.MULTILINE) if block.startswith("curl")]
+    commands = [block for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE) if block.startswith("curl -s ")]
     assert commands
     for command in commands:
-        answer = json.loads(subprocess.check_output(["bash", "-c", command.replace("http://", "").replace("localhost:8000", server)]))
+        command = command.replace("curl", f"curl -H 'Authorization: {KEY['Authorization']}'").replace("localhost:8000", server)
+        answer = json.loads(subprocess.check_output(["bash", "-c", command]))
         (choice,) = answer["choices"]
         assert choice["text"]
         assert {name for token in choice["emotion_scores"] for name in token["scores"]} == {"calm", "desperate"}
     bodies = [
-        json.loads(line) for block in re.findall(r"^```json\n(.*?)^```", page, re.DOTALL | re.MULTILINE) for line in block.splitlines()
+        json.loads(line) for block in re.findall(r"^```json\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE) for line in block.splitlines()
     ]
     assert bodies
     for body in bodies:
         assert text_of(post(server, prompt="My code fails again. I feel", **body))
-
-
-def counted(server):
-    lines = requests.get(f"{server}/metrics", timeout=10).text.splitlines()
-    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line.startswith("emovec_"))}
 
 
 def test_metrics(server):
@@ -178,14 +135,130 @@ def test_metrics(server):
     assert post(server, prompt=[1, 2, 3], emotion_bias={"calm": 0.05}, emotion_scores=True, max_tokens=4, ignore_eos=True).ok
     assert post(server, prompt=[1, 2, 3], emotion_bias={"clam": 0.05}).status_code == 400
     assert post(server, prompt=[1, 2, 3], emotion_guard=guard, ignore_eos=True).ok
-    after = counted(server)
-    gained = {name: value - before.get(name, 0) for name, value in after.items() if "_created" not in name and value != before.get(name, 0)}
-    assert gained == {
+    assert {name: value for name, value in gained(server, before).items() if not name.startswith("emovec_score_")} == {
         "emovec_steered_requests_total": 1,
         "emovec_refused_requests_total": 1,
         "emovec_scored_tokens_total": 3,
+        "emovec_steered_tokens_total": 6,  # three of the prompt, and three of four that were written: the last is not run
         'emovec_guard_events_total{do="stop",of="weighted sum"}': 1,
     }
+
+
+def test_the_scores_of_all_generated_tokens_are_counted(server):
+    """Those of a request that asks for none as well: the same tokens count the same. (What is returned is rounded.)"""
+    body = {"prompt": [1, 2, 3], "max_tokens": 20, "ignore_eos": True}
+    before = counted(server)
+    assert post(server, **body).ok
+    unasked = gained(server, before)
+    before = counted(server)
+    tokens = post(server, **body, emotion_scores={"on": "all"}).json()["choices"][0]["emotion_scores"]
+    assert {name: value for name, value in gained(server, before).items() if name.startswith("emovec_score_")} == unasked
+    found = [token["scores"] for token in tokens if token["kind"] == "generated"]
+    assert len(found) == 19
+    for concept in found[0]:
+        for end in (*BOUNDS, math.inf):
+            label = "+Inf" if end == math.inf else str(end)
+            counts = unasked.get(f'emovec_score_bucket{{concept="{concept}",le="{label}"}}', 0)
+            at_least, at_most = (sum(scores[concept] <= end + rounding for scores in found) for rounding in (-1e-4, 1e-4))
+            assert at_least <= counts <= at_most
+    assert unasked['emovec_score_bucket{concept="calm",le="+Inf"}'] == 19
+
+
+def test_the_dashboard_asks_for_what_there_is(server):
+    """Each of its metrics is exposed, with the labels and the buckets that it names."""
+    assert post(server, prompt=[1, 2, 3], emotion_guard=[{"of": "calm", "above": -40, "hold": 1}]).ok
+    exposed = {}
+    for sample in counted(server):
+        name, _, labels = sample.partition("{")
+        exposed.setdefault(name, set()).update(re.findall(r'(\w+)="([^"]*)"', labels))
+    dashboard = json.loads(subprocess.check_output([sys.executable, "-m", "emovec", "serve", "--grafana"]))
+    variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
+    targets = [target for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(targets) > 10
+    of_prometheus = {"job", "instance"}
+    used = set()
+    for target in targets:
+        expression = target["expr"]
+        metrics = set(re.findall(r"emovec_\w+", expression))
+        assert metrics
+        assert metrics <= exposed.keys()
+        used |= metrics
+        assert set(re.findall(r"\$(\w+)", expression)) <= {*variables, "__rate_interval", "__range"}
+        for metric, matchers in re.findall(r"(emovec_\w+)\{([^}]*)\}", expression):
+            known = {label for label, _ in exposed[metric]} | of_prometheus
+            for label, value in re.findall(r'(\w+)=~?"([^"]*)"', matchers):
+                assert label in known
+                assert value.startswith("$") or (label, value) in exposed[metric]
+        known = set.union(*({label for label, _ in exposed[metric]} for metric in metrics))
+        for labels in re.findall(r"by \(([^)]*)\)", expression):
+            assert set(labels.split(", ")) <= known
+        assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= known
+        assert expression.count("(") == expression.count(")")
+    assert used == {name for name in exposed if not name.endswith("_created")}, "and what is exposed is shown"
+    for variable in variables.values():
+        for metric, label in re.findall(r"label_values\((emovec_\w+)(?:\{[^}]*\})?, (\w+)\)", variable.get("definition", "")):
+            assert label in {label for label, _ in exposed[metric]} | of_prometheus
+
+
+# --- the live view ------------------------------------------------------------------------------------------------
+
+
+def test_the_live_view_shows_all_requests_and_no_text(server, oracle):
+    ids = oracle.ids(TEXTS[0])
+    (of_the_page,) = re.findall(r"^curl -N 'localhost:8000/v1/emotions/live(\S+)'$", PAGE, re.MULTILINE)
+    with Listening(server, of_the_page) as live, Listening(server) as strongest:
+        plain = post(server, prompt=ids, ignore_eos=True).json()
+        asked = post(server, prompt=ids, ignore_eos=True, emotion_bias={"calm": 0.05}, emotion_scores=True).json()
+        stopped = post(server, prompt=ids, emotion_guard=[{"of": "calm", "above": -40, "hold": 1, "on": "generated"}]).json()
+        events, tops = live.take(24), strongest.take(24)
+    of_plain, of_asked, of_stopped = (
+        [(kind, event) for kind, event in events if event["request"].startswith(answer["id"])] for answer in (plain, asked, stopped)
+    )
+    assert [event["position"] for _, event in of_plain] == list(range(len(ids), len(ids) + 11))
+    assert {kind for kind, _ in of_plain} == {"scores"}
+    scores = oracle.run(ids, None, 12)[2]
+    for _, event in of_plain:
+        assert (event["kind"], event["choice"], list(event["scores"])) == ("generated", 0, ["calm", "desperate"])
+        for name, value in event["scores"].items():
+            assert abs(value - float(scores.of(name)[event["position"]])) < 0.05
+    returned = asked["choices"][0]["emotion_scores"]
+    assert [(event["position"], event["scores"]["calm"]) for _, event in of_asked] == [
+        (token["position"], token["scores"]["calm"]) for token in returned
+    ]
+    assert [(kind, event["position"]) for kind, event in of_stopped] == [("scores", len(ids)), ("guard", len(ids))]
+    assert of_stopped[1][1]["do"] == "stop"
+    highest = {event["position"]: event["scores"] for _, event in tops if event["request"].startswith(asked["id"])}
+    for token in returned:
+        best = sorted(token["scores"].items(), key=lambda item: -item[1])[:5]
+        assert list(highest[token["position"]].items()) == best
+    keys = {key for _, event in [*events, *tops] for key in event}
+    assert keys == {"request", "choice", "position", "kind", "scores", "of", "value", "above", "do"}
+
+
+def test_the_choices_of_one_request_are_told_apart(server):
+    with Listening(server, "?top=1") as live:
+        assert post(server, prompt=[1, 2, 3], n=2, temperature=1.0, max_tokens=4, ignore_eos=True).ok
+        found = sorted((event["choice"], event["position"]) for _, event in live.take(6))
+    assert found == [(choice, position) for choice in (0, 1) for position in (3, 4, 5)]
+
+
+def test_the_live_view_is_behind_the_key(server):
+    for headers in ({}, {"Authorization": "Bearer other"}):
+        answer = requests.get(server + LIVE, headers=headers, timeout=10)
+        assert answer.status_code == 401
+        assert "concepts" not in answer.text
+    assert requests.post(server + LIVE, headers=KEY, timeout=10).status_code == 405
+    page = requests.get(f"{server}/emotions", timeout=10)
+    assert page.ok
+    assert page.headers["content-type"].startswith("text/html")
+    assert "desperate, " not in page.text
+
+
+@pytest.mark.parametrize(("query", "said"), [("?top=none", "top must be"), ("?concepts=clam", "calm"), ("?concept=calm", "concepts")])
+def test_what_the_live_view_cannot_show_is_answered_with_400(server, query, said):
+    answer = requests.get(server + LIVE + query, headers=KEY, timeout=10)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -241,7 +314,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_bodies_are_refused_and_the_server_stays_up(server, name):
-    answer = requests.post(f"{server}/v1/completions", data=HOSTILE[name], headers={"Content-Type": "application/json"}, timeout=60)
+    answer = requests.post(f"{server}/v1/completions", data=HOSTILE[name], headers={"Content-Type": "application/json", **KEY}, timeout=60)
     assert 400 <= answer.status_code < 500, answer.text[:300]
     assert len(answer.text) < 5000
     assert requests.get(f"{server}/health", timeout=10).ok
@@ -249,8 +322,7 @@ def test_hostile_bodies_are_refused_and_the_server_stays_up(server, name):
 
 def test_the_example_in_python(tmp_path):
     """In a process of its own, as it says."""
-    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
-    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (example,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
     script = tmp_path / "example.py"
     lines = [
         *example.replace("LLM(local_path", "LLM(max_model_len=256, model=local_path").splitlines(),

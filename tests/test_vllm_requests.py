@@ -25,6 +25,7 @@ def engine(**given):
         decode_context_parallel_size=1,
         use_sequence_parallel_moe=False,
         use_ubatching=False,
+        _api_process_count=given.pop("servers", 1),
     )
     text = SimpleNamespace(model_type="made-up", hidden_size=32, num_hidden_layers=6)
     model = SimpleNamespace(runner_type="generate", is_encoder_decoder=False, hf_text_config=text)
@@ -47,7 +48,10 @@ def test_an_engine_without_our_configuration_is_none_of_ours():
 def test_the_configuration(saved, bank):
     loaded = config.load(engine(additional_config={"emovec": {"bank": saved, "layers": [4, 2, 4]}}))
     assert (loaded.layers, loaded.steer_layers, loaded.hooked) == ((2, 4), bank.steer_layers, (2, 4))
-    config.check(engine(additional_config={"emovec": {"bank": saved}}), config.SUPPORTED[0])
+    config.check(engine(additional_config={"emovec": {"bank": saved}}, servers=2), config.SUPPORTED[0])
+    assert (loaded.metrics, loaded.live, loaded.sees) == ((), False, False)
+    loaded = config.load(engine(additional_config={"emovec": {"bank": saved, "metrics": ["Fear", "calm"]}}))
+    assert (loaded.metrics, loaded.live, loaded.sees) == (("Fear", "calm"), False, True)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +64,9 @@ def test_the_configuration(saved, bank):
         ({"layers": []}, "list of layers"),
         ({"steer_layers": [True]}, "list of layers"),
         ({"force": 1}, "true or false"),
+        ({"live": "yes"}, "live must be true or false"),
+        ({"metrics": "everything"}, 'must be "all" or a list'),
+        ({"metrics": ["calm", "clam"]}, "nearest known: calm"),
         ({"profiles": 3}, "path of a TOML"),
         (3, "must be an object"),
     ],
@@ -89,6 +96,19 @@ def test_what_cannot_be_served_rightly_is_refused(saved, given, said):
         made.model_config.hf_text_config.num_hidden_layers = given["layers"]
     with pytest.raises(config.ConfigError, match=said):
         config.check(made, config.SUPPORTED[0])
+
+
+@pytest.mark.parametrize("asked", [{"live": True}, {"metrics": "all"}], ids=str)
+def test_scores_of_all_tokens_are_seen_by_one_server_alone(saved, monkeypatch, asked):
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    ours = {"emovec": {"bank": saved, **asked}}
+    config.check(engine(additional_config=ours), config.SUPPORTED[0])
+    with pytest.raises(config.ConfigError, match="--api-server-count 1"):
+        config.check(engine(additional_config=ours, servers=2), config.SUPPORTED[0])
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/tmp")
+    if "metrics" in asked:
+        with pytest.raises(config.ConfigError, match="PROMETHEUS_MULTIPROC_DIR"):
+            config.check(engine(additional_config=ours), config.SUPPORTED[0])
 
 
 def test_another_version_is_refused_by_name():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from emovec import reference
 from emovec.engines.vllm import op, selfcheck
 from emovec.engines.vllm.cache import block_key
 from emovec.engines.vllm.requests import ADMITTED
-from emovec.engines.vllm.runner import OUTPUT, WATCHED, Runner
+from emovec.engines.vllm.runner import OUTPUT, SEEN, STEERED, WATCHED, Runner
 from emovec.models import decoder_layers
 from emovec.ops import Table
 from emovec.steer import Steering
@@ -80,14 +81,23 @@ class FakeRunner:
         return hidden, hidden
 
 
-@pytest.fixture
-def served(settings):
+def serving(settings):
     runner = FakeRunner(Model())
     ours = Runner(runner, settings)
     ours.install()
     yield runner, ours, runner.model
     op.TAPS.clear()
     op._owner = None
+
+
+@pytest.fixture
+def served(settings):
+    yield from serving(settings)
+
+
+@pytest.fixture
+def seeing(settings):
+    yield from serving(replace(settings, live=True))
 
 
 def new(name, admitted):
@@ -265,3 +275,40 @@ def test_what_is_watched_comes_with_the_step(served, admission):
     assert (watched.start, watched.values.shape, scores.start, scores.values.shape) == (0, (6, 2), 4, (2, 7))
     np.testing.assert_allclose(watched.values[4:, 0], 2 * scores.values[:, 3], rtol=1e-5)
     np.testing.assert_allclose(watched.values[4:, 1], scores.values[:, [0, 4]].mean(1), rtol=1e-5)
+
+
+def taken(runner, model, tokens):
+    with torch.inference_mode():
+        model(torch.randn(tokens, 32))
+    return runner.sample_tokens(None)
+
+
+def test_the_server_sees_each_generated_token_once_whoever_asks(seeing, admission):
+    runner, ours, model = seeing
+    wants = admission.admit({"emotion_scores": {"on": "prompt"}})
+    step(runner, {"a": (0, 6, 4), "b": (0, 3, 3)}, [new("a", wants), new("b", None)])
+    output = taken(runner, model, 9)
+    assert {name: (chunk.start, chunk.values.shape) for name, chunk in getattr(output, SEEN).items()} == {"a": (4, (2, 7))}
+    assert {name: (chunk.start, chunk.values.shape) for name, chunk in getattr(output, OUTPUT).items()} == {"a": (0, (4, 7))}
+    raw = ours.scores[:, 4:6]
+    np.testing.assert_array_equal(getattr(output, SEEN)["a"].values, ours._scorer(raw, torch.tensor([False, False])).numpy())
+    step(runner, {"b": (3, 1, 3), "a": (0, 7, 4)})  # computed again after a preemption: only the last is new
+    seen = getattr(taken(runner, model, 8), SEEN)
+    assert {name: (chunk.start, len(chunk.values)) for name, chunk in seen.items()} == {"b": (3, 1), "a": (6, 1)}
+    step(runner, {"b": (4, 1, 3)}, gone=["a"])
+    assert set(getattr(taken(runner, model, 1), SEEN)) == {"b"}
+    step(runner, {}, gone=["b"])
+    assert ours.counts()["requests"] == 0
+
+
+def test_steered_tokens_are_counted_once(served, admission):
+    runner, _, model = served
+    everywhere, later = (admission.admit({"emotion_bias": value}) for value in ({"calm": 0.1}, "steady"))
+    step(runner, {"a": (0, 5, 8), "b": (0, 4, 4), "c": (2, 4, 4)}, [new("a", everywhere), new("b", None), new("c", later)])
+    output = taken(runner, model, 13)
+    assert getattr(output, STEERED) == {"a": 5, "c": 2}
+    assert not hasattr(output, OUTPUT)
+    step(runner, {"a": (0, 6, 8), "b": (4, 1, 4)})
+    assert getattr(taken(runner, model, 7), STEERED) == {"a": 1}
+    step(runner, {"b": (5, 1, 4)})
+    assert not hasattr(taken(runner, model, 1), STEERED)

@@ -58,6 +58,18 @@ def test_the_command(bank, installed, tmp_path):
     assert "VLLM_PLUGINS" not in environment
 
 
+def test_what_is_shown_of_all_tokens(bank, installed):
+    run("some/model", "--bank", bank, "--metrics", "calm, Fear", "--live")
+    run("some/model", "--bank", bank, "--metrics", "all")
+    first, second = (json.loads(command[command.index("--additional-config") + 1])["emovec"] for command, _ in installed)
+    assert first == {"bank": str(bank), "metrics": ["calm", "Fear"], "live": True}
+    assert second == {"bank": str(bank), "metrics": "all"}
+
+
+def test_the_dashboard_is_printed():
+    assert json.loads(run("--grafana"))["panels"]
+
+
 def test_builds_for_cpus_are_started_another_way(bank, installed, monkeypatch):
     def missing(name):
         raise metadata.PackageNotFoundError(name)
@@ -83,6 +95,7 @@ def test_a_dry_run_runs_nothing(bank, installed):
     [
         (["--layers", "3"], KeyError, "no layer 3"),
         (["--bank", "no-such"], ValueError, "no such file"),
+        (["--metrics", "calm,clam"], ValueError, "nearest known: calm"),
     ],
     ids=str,
 )

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from importlib import metadata
+from importlib import metadata, resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,12 +16,19 @@ import typer
 from emovec import extras
 from emovec.bank import load_bank
 from emovec.cli.common import BankOption, err, integers
+from emovec.engines.vllm import tally
 from emovec.engines.vllm.guard import parse
 from emovec.models import local_path
 from emovec.steer import load_profiles
 
 MIDDLEWARE = "emovec.engines.vllm.middleware.Middleware"
 _OURS = ("--additional-config", "--middleware")
+
+
+def _grafana(asked: bool) -> None:
+    if asked:
+        typer.echo(resources.files("emovec").joinpath("data/serving/grafana.json").read_text(encoding="utf-8"), nl=False)
+        raise typer.Exit
 
 
 def serve(
@@ -33,6 +40,9 @@ def serve(
     profiles: Annotated[Path | None, typer.Option(help="A TOML file of named steering values.")] = None,
     guard: Annotated[Path | None, typer.Option(help="A JSON file: a list of thresholds for every request.")] = None,
     audit: Annotated[Path | None, typer.Option(help="A file to which a line of JSON is added for each event of a guard.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="Concepts and families to count scores of at /metrics, or all.")] = None,
+    live: Annotated[bool, typer.Option("--live", help="Show the scores of all requests as they are made, at /emotions.")] = False,
+    grafana: Annotated[bool, typer.Option("--grafana", callback=_grafana, is_eager=True, help="Print a dashboard and leave.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Use the bank although it was made for another kind of model.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and leave.")] = False,
 ) -> None:
@@ -57,6 +67,11 @@ def serve(
         parse(config["guard"], loaded)
     if audit is not None:
         config["audit"] = str(audit.resolve())
+    if metrics is not None:
+        config["metrics"] = metrics if metrics == "all" else [name.strip() for name in metrics.split(",")]
+        tally.parse(config["metrics"], loaded)
+    if live:
+        config["live"] = True
     if force:
         config["force"] = True
     source = local_path(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -9,13 +10,14 @@ from typing import Any
 
 from emovec.bank import Bank, load_bank
 from emovec.bank_layer import nearest, shown
+from emovec.engines.vllm import tally
 from emovec.engines.vllm.guard import Watched, parse
 from emovec.fingerprint import differences
 from emovec.steer import load_profiles
 
 KEY = "emovec"
 SUPPORTED = ("0.32.0",)
-_KEYS = ("bank", "layers", "steer_layers", "profiles", "guard", "audit", "force")
+_KEYS = ("bank", "layers", "steer_layers", "profiles", "guard", "audit", "metrics", "live", "force")
 
 
 class ConfigError(ValueError):
@@ -27,7 +29,8 @@ class Config:
     """The plugin's configuration with its bank.
 
     layers: where to read. steer_layers: where to steer. profiles: name -> steering value. guard: thresholds for every request.
-    audit: a file that records what fires. force: use a bank of another model.
+    audit: a file that records what fires. metrics: concepts and families whose scores are counted. live: the live view is served.
+    force: use a bank of another model.
     """
 
     bank: Bank
@@ -36,7 +39,14 @@ class Config:
     profiles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     guard: tuple[Watched, ...] = ()
     audit: str | None = None
+    metrics: tuple[str, ...] = ()
+    live: bool = False
     force: bool = False
+
+    @property
+    def sees(self) -> bool:
+        """Whether every generated token is scored, whoever asks."""
+        return self.live or bool(self.metrics)
 
     @property
     def hooked(self) -> tuple[int, ...]:
@@ -71,14 +81,17 @@ def load(vllm_config: Any) -> Config | None:
         raise ConfigError(f"emovec: profiles must be the path of a TOML file, got {shown(profiles)}")
     if not isinstance(given.get("audit"), str | None):
         raise ConfigError(f"emovec: audit must be the path of a file, got {shown(given['audit'])}")
-    if not isinstance(given.get("force", False), bool):
-        raise ConfigError(f"emovec: force must be true or false, got {shown(given['force'])}")
+    for key in ("live", "force"):
+        if not isinstance(given.get(key, False), bool):
+            raise ConfigError(f"emovec: {key} must be true or false, got {shown(given[key])}")
     bank = _bank(name)
     layers = _layers(given, "layers", bank, bank.read_layers)
     steer_layers = _layers(given, "steer_layers", bank, bank.steer_layers)
     named = {} if profiles is None else load_profiles(profiles, bank.names)
     guard = parse(given["guard"], bank) if "guard" in given else ()
-    return Config(bank, layers, steer_layers, named, guard, given.get("audit"), given.get("force", False))
+    metrics = tally.parse(given["metrics"], bank) if "metrics" in given else ()
+    live, force = given.get("live", False), given.get("force", False)
+    return Config(bank, layers, steer_layers, named, guard, given.get("audit"), metrics, live, force)
 
 
 def check(vllm_config: Any, version: str) -> None:
@@ -104,7 +117,16 @@ def check(vllm_config: Any, version: str) -> None:
         raise ConfigError(f"emovec cannot be used with {'; '.join(found)}")
     config = load(vllm_config)
     assert config is not None
+    _check_servers(config, parallel)
     _check_model(config, model.hf_text_config)
+
+
+def _check_servers(config: Config, parallel: Any) -> None:
+    """Of several API servers each would see a part of the tokens; and metrics that are shared through files know no scores."""
+    if config.sees and parallel._api_process_count > 1:
+        raise ConfigError(f"emovec: metrics and live need one API server, not {parallel._api_process_count}; set --api-server-count 1")
+    if config.metrics and "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        raise ConfigError("emovec: metrics cannot be shown in Prometheus' multiprocess mode; unset PROMETHEUS_MULTIPROC_DIR")
 
 
 def _check_model(config: Config, hf: Any) -> None:

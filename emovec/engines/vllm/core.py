@@ -12,7 +12,8 @@ from vllm.v1.request import RequestStatus
 from emovec.engines.vllm import config, guard
 from emovec.engines.vllm.cache import OVERLAY, block_key
 from emovec.engines.vllm.requests import ADMITTED, asks
-from emovec.engines.vllm.runner import OUTPUT, OVERLAYS, WATCHED
+from emovec.engines.vllm.runner import OUTPUT, OVERLAYS, SEEN, STEERED, WATCHED
+from emovec.engines.vllm.tally import Tally
 
 logger = init_logger("vllm.emovec")
 _extra_keys = kv_cache_utils._gen_prompt_embeds_extra_hash_keys
@@ -27,13 +28,15 @@ def install(scheduler: Any) -> None:
     kv_cache_utils._gen_prompt_embeds_extra_hash_keys = _with_ours
     loaded = config.load(scheduler.vllm_config)
     assert loaded is not None
-    ours = _Core(scheduler, guard.audit(loaded.audit))
+    ours = _Core(scheduler, loaded)
     scheduler.add_request, scheduler.schedule, scheduler.update_from_output = ours.add_request, ours.schedule, ours.update_from_output
 
 
 class _Core:
-    def __init__(self, scheduler: Any, audit: Any) -> None:
-        self._scheduler, self._audit = scheduler, audit
+    def __init__(self, scheduler: Any, settings: config.Config) -> None:
+        self._scheduler, self._audit = scheduler, guard.audit(settings.audit)
+        self._live, self._tally = settings.live, Tally(settings.metrics, settings.bank) if settings.metrics else None
+        self._steered = 0
         self._add, self._schedule, self._update = scheduler.add_request, scheduler.schedule, scheduler.update_from_output
         self._waiting: dict[str, dict[str, list[Any]]] = {}  # of requests that have put out nothing since, such as a part of a prompt
         self._watches: dict[str, guard.Watch] = {}
@@ -57,10 +60,13 @@ class _Core:
         for name, chunk in getattr(result, OUTPUT, {}).items():
             if name in requests:
                 self._for(name)["scores"].append(chunk.packed())
+        self._see({name: chunk for name, chunk in getattr(result, SEEN, {}).items() if name in requests})
+        self._steered += sum(tokens for name, tokens in getattr(result, STEERED, {}).items() if name in requests)
         watched = {name: requests[name] for name in getattr(result, WATCHED, {}) if name in requests}
         outputs = self._update(scheduled, result)
         for name, request in watched.items():
             self._look(request, getattr(result, WATCHED)[name], outputs)
+        self._count(outputs)
         if self._waiting or self._watches:
             for batch in outputs.values():
                 for output in batch.outputs:
@@ -74,7 +80,23 @@ class _Core:
         return outputs
 
     def _for(self, name: str) -> dict[str, list[Any]]:
-        return self._waiting.setdefault(name, {"scores": [], "events": []})
+        return self._waiting.setdefault(name, {"scores": [], "events": [], "live": [], "counts": []})
+
+    def _see(self, chunks: dict[str, Any]) -> None:
+        """Generated tokens of any request."""
+        if self._tally is not None and chunks:
+            self._tally.add([chunk.values for chunk in chunks.values()])
+        if self._live:
+            for name, chunk in chunks.items():
+                self._for(name)["live"].append(chunk.packed())
+
+    def _count(self, outputs: Any) -> None:
+        """Let the first output there is take the counts along, whosever they are."""
+        first = next((output for batch in outputs.values() for output in batch.outputs), None)
+        counts = self._tally.take() if first is not None and self._tally is not None else b""
+        if first is not None and (counts or self._steered):
+            self._for(first.request_id)["counts"] = [self._steered, counts]
+            self._steered = 0
 
     def _look(self, request: Any, chunk: Any, outputs: Any) -> None:
         """Let a request's thresholds see what they watch, and do what they say. The strongest counts: stop, else refuse, else steer."""

@@ -6,16 +6,19 @@ import functools
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.utils.async_utils import make_async
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from emovec.bank import Bank
-from emovec.engines.vllm import config, metrics, replies
+from emovec.engines.vllm import config, live, metrics, replies
 from emovec.engines.vllm.requests import ADMITTED, FIELDS, Admission
 from emovec.engines.vllm.scores import Collector, Scorer, Wanted
 from emovec.engines.vllm.seams import after
+
+logger = init_logger("vllm.emovec")
 
 
 class RefusedError(VLLMValidationError, ValueError):  # type: ignore[misc]
@@ -34,6 +37,8 @@ def install(processor: Any) -> None:
 
     processor.process_inputs = process_inputs
     processor.process_inputs_async = make_async(process_inputs, executor=processor.renderer._executor)
+    metrics.show(loaded.metrics)
+    live.announce(front.feed)
     _share(front)
 
 
@@ -42,11 +47,14 @@ class _Front:
         self.admission = admission
         self.bank: Bank = admission.config.bank
         self.layers = Scorer(self.bank, admission.config.layers).together
+        self.feed = live.Feed(self.bank) if admission.config.live else None
 
     def admitted(self, params: Any, resumable: bool) -> Any:
         """The parameters as the engine gets them; the caller's are left alone."""
         if not isinstance(params, SamplingParams):
             return params
+        if self.feed is not None and not self.feed.served:
+            logger.warning_once("emovec: live is configured, but nothing shows it: that takes vLLM's server with emovec's middleware")
         try:
             admitted = self.admission.admit(params.extra_args)
             if admitted is not None and resumable:
@@ -86,6 +94,24 @@ class _Front:
             replies.expect(admitted["reply"], request.external_req_id, index, count, collector, scores["top"])
         return collector
 
+    def receive(self, news: Any, state: Any) -> None:
+        """Take in what came with an output; ``state`` is vLLM's of its request, or None if that is gone."""
+        if news["counts"]:
+            metrics.counted(*news["counts"])
+        if state is None:
+            return
+        if self.feed is not None:
+            self.feed.scored(state.external_req_id, state.request_index, news["live"])
+        collector = getattr(state, "emovec", None)
+        if collector is None:
+            return
+        metrics.scored(collector.add(news["scores"]))
+        collector.events += news["events"]
+        for event in news["events"]:
+            metrics.fired(self.bank, event["of"], event["do"])
+            if self.feed is not None:
+                self.feed.fired(state.external_req_id, state.request_index, event)
+
 
 _front: _Front | None = None
 
@@ -116,12 +142,8 @@ def _share(front: _Front) -> None:
             if output.kv_transfer_params and ADMITTED in output.kv_transfer_params:
                 news = output.kv_transfer_params.pop(ADMITTED)
                 output.kv_transfer_params = output.kv_transfer_params or None
-                collector = getattr(self.request_states.get(output.request_id), "emovec", None)
-                if collector is not None:
-                    metrics.scored(collector.add(news["scores"]))
-                    collector.events += news["events"]
-                    for event in news["events"]:
-                        metrics.fired(collector.bank, event["of"], event["do"])
+                assert _front is not None
+                _front.receive(news, self.request_states.get(output.request_id))
         return process(self, outputs, *args, **kwargs)
 
     @functools.wraps(complete)

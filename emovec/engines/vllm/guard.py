@@ -65,11 +65,20 @@ def _threshold(given: Any, bank: Bank) -> Watched:
         weights = threshold.weights(bank.names, bank.families)
     except (ValueError, TypeError) as error:
         raise SteeringError(f"{where}: {error}") from None
+    check_unit(weights, bank, where)
+    return Watched(threshold, do, detail if do == "refuse" else "", detail if do == "steer" else None)
+
+
+def check_unit(weights: Tensor, bank: Bank, where: str) -> None:
+    """Refuse ``weights`` [K] of concepts that have no baseline.
+
+    Raises:
+        SteeringError: naming them.
+    """
     lacking = {name for layer in bank.read_layers for name in bank[layer].uncalibrated}
     named = [bank.names[k] for k in weights.nonzero().flatten().tolist() if bank.names[k] in lacking]
     if named:
         raise SteeringError(f"{where}: the bank has no baseline for {', '.join(map(shown, named[:3]))}, so its scores have no unit")
-    return Watched(threshold, do, detail if do == "refuse" else "", detail if do == "steer" else None)
 
 
 def packed(watched: Watched, **made: Any) -> dict[str, Any]:

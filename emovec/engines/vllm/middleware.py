@@ -1,33 +1,36 @@
 """``--middleware emovec.engines.vllm.middleware.Middleware``: ``"emotion_bias"`` and its like at the top of a request.
 
 It moves them to where vLLM looks for extra arguments, and puts the scores into the answer, also when that streams. Requests
-without them pass through as they are.
+without them pass through as they are. If the live view is configured, it adds that to what vLLM serves.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+from emovec.engines.vllm import live
+from emovec.engines.vllm.asgi import Message, Receive, Send, refuse
 from emovec.engines.vllm.replies import KEY, Reply
 from emovec.engines.vllm.requests import BIAS, FIELDS, GUARD, SCORES, asks
 
 _SCORED = ("/v1/chat/completions", "/v1/completions")
 _PATHS = (*_SCORED, "/v1/responses", "/v1/messages")
 _OURS = b'"emotion_'
-_Message = MutableMapping[str, Any]
-_Receive = Callable[[], Awaitable[_Message]]
-_Send = Callable[[_Message], Awaitable[None]]
 
 
 class Middleware:
     """An ASGI application around vLLM's."""
 
-    def __init__(self, app: Callable[[Any, _Receive, _Send], Awaitable[None]]) -> None:
+    def __init__(self, app: Callable[[Any, Receive, Send], Awaitable[None]]) -> None:
         self._app = app
+        self._begun = False
 
-    async def __call__(self, scope: Any, receive: _Receive, send: _Send) -> None:
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if not self._begun:  # with the first message, which says that the server starts
+            self._begun = True
+            live.serve(scope.get("app"))
         if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(_PATHS):
             await self._app(scope, receive, send)
             return
@@ -38,13 +41,13 @@ class Middleware:
             await self._app(scope, _replay(first, body, receive), send)
             return
         if request is None or args is None:
-            await _refuse(send, "the request is not a JSON object that can be read")
+            await refuse(send, "the request is not a JSON object that can be read", BIAS)
             return
         if request.get("use_beam_search"):
-            await _refuse(send, f"{', '.join(FIELDS)} cannot be used with beam search: its beams are prompts of their own")
+            await refuse(send, f"{', '.join(FIELDS)} cannot be used with beam search: its beams are prompts of their own", BIAS)
             return
         if args.get(SCORES) and not scope["path"].endswith(_SCORED):
-            await _refuse(send, f"{SCORES} can be asked for at {' and '.join(_SCORED)} alone")
+            await refuse(send, f"{SCORES} can be asked for at {' and '.join(_SCORED)} alone", SCORES)
             return
         if not (args.get(SCORES) or args.get(GUARD)):
             await self._app(*_rewritten(scope, request, args, receive), send)
@@ -58,13 +61,13 @@ class Middleware:
 class _Answer:
     """Passes an answer on with its scores: a stream's events as they come, anything else when it is whole."""
 
-    def __init__(self, reply: Reply, send: _Send) -> None:
+    def __init__(self, reply: Reply, send: Send) -> None:
         self._reply, self._send = reply, send
-        self._start: _Message = {}
+        self._start: Message = {}
         self._streams = False
         self._held = b""
 
-    async def __call__(self, message: _Message) -> None:
+    async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             kind = next((value for name, value in message["headers"] if name.lower() == b"content-type"), b"")
             self._streams = kind.startswith(b"text/event-stream")
@@ -114,7 +117,7 @@ def _arguments(request: dict[str, Any]) -> dict[str, Any] | None:
     return extra if asks(extra) else None
 
 
-def _rewritten(scope: Any, request: dict[str, Any], args: dict[str, Any], receive: _Receive) -> tuple[Any, _Receive]:
+def _rewritten(scope: Any, request: dict[str, Any], args: dict[str, Any], receive: Receive) -> tuple[Any, Receive]:
     changed = {name: value for name, value in request.items() if name not in FIELDS} | {"vllm_xargs": args}
     body = json.dumps(changed).encode()
     headers = [(name, value) for name, value in scope["headers"] if name.lower() not in (b"content-length", b"transfer-encoding")]
@@ -130,7 +133,7 @@ def _object(body: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-async def _body(receive: _Receive) -> tuple[_Message, bytes]:
+async def _body(receive: Receive) -> tuple[Message, bytes]:
     """The first message and the whole body; if the client leaves before that, its leaving is the message."""
     parts: list[bytes] = []
     while True:
@@ -142,10 +145,10 @@ async def _body(receive: _Receive) -> tuple[_Message, bytes]:
             return message, b"".join(parts)
 
 
-def _replay(first: _Message, body: bytes, receive: _Receive) -> _Receive:
+def _replay(first: Message, body: bytes, receive: Receive) -> Receive:
     sent = False
 
-    async def replay() -> _Message:
+    async def replay() -> Message:
         nonlocal sent
         if sent:
             return await receive()
@@ -153,10 +156,3 @@ def _replay(first: _Message, body: bytes, receive: _Receive) -> _Receive:
         return {**first, "body": body, "more_body": False} if first["type"] == "http.request" else first
 
     return replay
-
-
-async def _refuse(send: _Send, why: str) -> None:
-    body = json.dumps({"error": {"message": why, "type": "BadRequestError", "param": BIAS, "code": 400}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -26,8 +26,11 @@ from emovec.models import decoder_layers
 from emovec.ops import Table
 from emovec.tap import persistent
 
-OUTPUT, WATCHED = "emovec_scores", "emovec_watched"
-"""The attributes of a ModelRunnerOutput that hold the step's chunks by request: scores that were asked for, values that a guard watches."""
+OUTPUT, WATCHED, SEEN = "emovec_scores", "emovec_watched", "emovec_seen"
+"""The attributes of a ModelRunnerOutput that hold the step's chunks by request: scores that were asked for, values that a guard watches,
+and what the server itself looks at, of all generated tokens and each of them once."""
+STEERED = "emovec_steered"
+"""The attribute of a ModelRunnerOutput with the number of the step's tokens that had a row, by request, each token once."""
 OVERLAYS = "emovec_overlays"
 """The attribute of a SchedulerOutput that says what a guard lays over requests: name -> (from which position on, value)."""
 
@@ -36,19 +39,22 @@ OVERLAYS = "emovec_overlays"
 class _Request:
     """steer: the value in JSON, or None. overlay: (from which position on, the value there). wanted: the scores, or None.
 
-    watched: [K, thresholds], from scores to the values that a guard watches, or None.
+    watched: [K, thresholds], from scores to the values that a guard watches, or None. seen: what the server looks at, or None.
+    computed: how many of its tokens have been; after a preemption some are computed again.
     """
 
     steer: str | None
     wanted: Wanted | None
     watched: Tensor | None = None
+    seen: Wanted | None = None
     overlay: tuple[int, str] | None = None
+    computed: int = 0
 
     @classmethod
-    def of(cls, admitted: Mapping[str, Any], bank: Bank) -> _Request:
+    def of(cls, admitted: Mapping[str, Any], bank: Bank, seen: Wanted | None = None) -> _Request:
         scores = admitted.get("scores")
         watched = weights(admitted["guard"], bank) if "guard" in admitted else None
-        return cls(admitted.get("steer"), None if scores is None else Wanted.of(scores), watched)
+        return cls(admitted.get("steer"), None if scores is None else Wanted.of(scores), watched, seen)
 
     def values(self, position: int, count: int) -> list[tuple[int, int, str | None]]:
         """(from, to, value) of the tokens at ``position`` to ``position + count``."""
@@ -58,16 +64,32 @@ class _Request:
         at = min(max(self.overlay[0], position), end)
         return [(position, at, self.steer), (at, end, self.overlay[1])]
 
+    def span(self, position: int, count: int, prompt: int) -> tuple[int, int]:
+        """Of which of the tokens at ``position`` to ``position + count`` scores are taken, as offsets."""
+        if self.watched is not None:
+            return 0, count
+        spans = [one.span(position, count, prompt) for one in (self.wanted, self.seen) if one is not None]
+        spans = [(begin, end) for begin, end in spans if begin < end]
+        return (min(begin for begin, _ in spans), max(end for _, end in spans)) if spans else (0, 0)
+
+    def new(self, begin: int, end: int) -> int:
+        """How many tokens from position ``begin`` to ``end`` have not been computed before."""
+        return max(0, end - max(begin, self.computed))
+
 
 @dataclass(frozen=True)
 class _Pick:
-    """Tokens of one request whose scores are taken: ``count`` from position ``start`` on; those before ``prompt`` are of the prompt."""
+    """Tokens of one request whose scores are taken: ``count`` from position ``start`` on; those before ``prompt`` are of the prompt.
+
+    Those before ``new`` have been computed before.
+    """
 
     name: str
     request: _Request
     start: int
     count: int
     prompt: int
+    new: int
 
 
 class Runner:
@@ -103,7 +125,9 @@ class Runner:
         self.rows = Rows(config.bank, {index: (operands[index], tables[index]) for index in config.steer_layers})
         self._scorer = Scorer(config.bank, config.layers)
         self._requests: dict[str, _Request] = {}
+        self._seen = Wanted("generated") if config.sees else None
         self._picks: list[_Pick] = []
+        self._steered: dict[str, int] = {}
         self._count = 0
         scores = dict(zip(config.layers, self.scores, strict=True))
         op.claim(runner, {index: op.Tap(operands[index], tables.get(index), scores.get(index), self.step) for index in config.hooked})
@@ -142,8 +166,9 @@ class Runner:
             self._requests.pop(request, None)
         for new in scheduled.scheduled_new_reqs:
             admitted = ((new.sampling_params and new.sampling_params.extra_args) or {}).get(ADMITTED)
-            if admitted is not None and new.req_id not in self._requests:  # V2 brings what it has preempted as new
-                self._requests[new.req_id] = _Request.of(admitted, self.config.bank)
+            ours = admitted is not None or self._seen is not None
+            if ours and new.req_id not in self._requests:  # V2 brings what it has preempted as new
+                self._requests[new.req_id] = _Request.of(admitted or {}, self.config.bank, self._seen)
         for name, overlay in getattr(scheduled, OVERLAYS, {}).items():
             if name in self._requests:
                 self._requests[name].overlay = overlay
@@ -161,7 +186,7 @@ class Runner:
             prompts: [requests], the lengths of their prompts.
         """
         self._count += 1
-        self._picks = []
+        self._picks, self._steered = [], {}
         if self._copied is not None:
             self._copied.synchronize()  # the host's copies are still being read until then
         written = self._written
@@ -173,6 +198,7 @@ class Runner:
             if place is None:
                 continue  # preempted, or not scheduled in this step
             first, count, position, prompt = (int(column[place]) for column in (starts, counts, computed, prompts))
+            steered = 0
             for begin, end, value in request.values(position, count):
                 if value is not None and begin < end:
                     of_prompt, of_generated = self.rows.of(value, self._count)
@@ -180,13 +206,15 @@ class Runner:
                     self._row[first + begin - position : first + split - position] = of_prompt
                     self._row[first + split - position : first + end - position] = of_generated
                     self._written = max(self._written, first + end - position)
-            begin, end = 0, count
-            if request.watched is None:
-                begin, end = (0, 0) if request.wanted is None else request.wanted.span(position, count, prompt)
+                    steered += (of_prompt >= 0) * request.new(begin, split) + (of_generated >= 0) * request.new(split, end)
+            if steered:
+                self._steered[name] = steered
+            begin, end = request.span(position, count, prompt)
             if begin < end:
-                self._picks.append(_Pick(name, request, position + begin, end - begin, prompt))
+                self._picks.append(_Pick(name, request, position + begin, end - begin, prompt, request.computed))
                 self._pick[picked : picked + end - begin] = torch.arange(first + begin, first + end)
                 picked += end - begin
+            request.computed = max(request.computed, position + count)
         copied = max(written, self._written)
         if copied:
             self.step.row[:copied].copy_(self._row[:copied], non_blocking=True)
@@ -198,40 +226,53 @@ class Runner:
         self.step.reads = self._always or bool(self._picks)
 
     def deliver(self, result: Any) -> None:
-        """Put the scores of the pass into its output, without waiting for the device."""
+        """Put the scores of the pass, and how many tokens were steered, into its output, without waiting for the device."""
         picks, self._picks = self._picks, []
-        if not picks:
+        steered, self._steered = self._steered, {}
+        if not picks and not steered:
             return
-        count = sum(pick.count for pick in picks)
-        taken = self.scores.index_select(1, self._picked[:count])
-        copy, event = taken, None
-        if taken.is_cuda:
-            copy = torch.empty(taken.shape, pin_memory=True)
-            copy.copy_(taken, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
+        taken, event = self._taken(sum(pick.count for pick in picks)) if picks else (None, None)
 
         def attach(output: Any) -> None:
+            setattr(output, STEERED, steered)
             if event is not None:
                 event.synchronize()
-            self._attach(output, picks, copy)
+            if taken is not None:
+                self._attach(output, picks, taken)
 
         if hasattr(result, "get_output"):
             after(result, "get_output", attach)
         else:
             attach(result)
 
+    def _taken(self, count: int) -> tuple[Tensor, Any]:
+        """The op's scores of the picked tokens on the host, and the event after which they are there, or None."""
+        taken = self.scores.index_select(1, self._picked[:count])
+        if not taken.is_cuda:
+            return taken, None
+        copy = torch.empty(taken.shape, pin_memory=True)
+        copy.copy_(taken, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return copy, event
+
     def _attach(self, output: Any, picks: list[_Pick], raw: Tensor) -> None:
         of_prompt = [position < pick.prompt for pick in picks for position in range(pick.start, pick.start + pick.count)]
         scores = self._scorer(raw, torch.tensor(of_prompt))
         chunks: dict[str, Chunk] = {}
         watched: dict[str, Chunk] = {}
+        seen: dict[str, Chunk] = {}
         first = 0
         for pick in picks:
             request, wanted, own = pick.request, pick.request.wanted, scores[first : first + pick.count]
             first += pick.count
             if request.watched is not None:
                 watched[pick.name] = Chunk(pick.start, (own @ request.watched).numpy())
+            if request.seen is not None:
+                begin, end = request.seen.span(pick.start, pick.count, pick.prompt)
+                begin = max(begin, pick.new - pick.start)
+                if begin < end:
+                    seen[pick.name] = Chunk(pick.start + begin, own[begin:end].numpy())
             if wanted is not None:
                 begin, end = wanted.span(pick.start, pick.count, pick.prompt)
                 if begin < end:
@@ -239,3 +280,4 @@ class Runner:
                     chunks[pick.name] = Chunk(pick.start + begin, columns.numpy())
         setattr(output, OUTPUT, chunks)
         setattr(output, WATCHED, watched)
+        setattr(output, SEEN, seen)
