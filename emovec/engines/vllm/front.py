@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
+from weakref import WeakValueDictionary
 
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
@@ -44,7 +46,7 @@ def install(processor: Any) -> None:
 
 class _Front:
     def __init__(self, admission: Admission) -> None:
-        self.admission = admission
+        self.admission, self.number = admission, next(_numbers)
         self.bank: Bank = admission.config.bank
         self.layers = Scorer(self.bank, admission.config.layers).together
         self.feed = live.Feed(self.bank) if admission.config.live else None
@@ -72,9 +74,9 @@ class _Front:
         params = params.clone()
         ours = (*FIELDS, replies.KEY)
         params.extra_args = {key: value for key, value in extra.items() if key.split(".")[0] not in ours}
-        params.extra_args[ADMITTED] = admitted
+        params.extra_args[ADMITTED] = {**admitted, "front": self.number}
         if replies.KEY in extra:
-            params.extra_args[ADMITTED] = {**admitted, "reply": extra[replies.KEY]}
+            params.extra_args[ADMITTED]["reply"] = extra[replies.KEY]
         scored = [admitted["scores"]["on"]] if "scores" in admitted else []
         if any(on != "generated" for on in [*scored, *(one["on"] for one in admitted.get("guard", ()))]):
             params.skip_reading_prefix_cache = True  # what is read from the cache is not computed, so it has no scores
@@ -82,9 +84,8 @@ class _Front:
 
     def collector(self, request: Any, index: int, count: int, tokenizer: Any) -> Collector | None:
         """A place for the scores and events of a request, sequence ``index`` of the ``count`` of its prompt; None if it wants none."""
-        params = request.sampling_params
-        admitted = None if params is None or not params.extra_args else params.extra_args.get(ADMITTED)
-        if admitted is None or not ("scores" in admitted or "guard" in admitted):
+        admitted = request.sampling_params.extra_args[ADMITTED]
+        if not ("scores" in admitted or "guard" in admitted):
             return None
         scores = admitted.get("scores", {"on": "generated", "concepts": None, "top": None})
         length = len(request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds)
@@ -113,24 +114,28 @@ class _Front:
                 self.feed.fired(state.external_req_id, state.request_index, event)
 
 
-_front: _Front | None = None
+_numbers = itertools.count()
+_fronts: WeakValueDictionary[int, _Front] = WeakValueDictionary()
+"""Of the engines that there are in this process, by number; a request says whose it is."""
+_changed = False
 
 
 def _share(front: _Front) -> None:
-    """Outputs are handled by classes that know of no configuration: they are changed once, for the engine that was made last."""
-    global _front
-    first, _front = _front is None, front
-    if not first:
+    """Outputs are handled by classes that know of no configuration: they are changed once, for all engines of the process."""
+    global _changed
+    _fronts[front.number] = front
+    if _changed:
         return
+    _changed = True
     CompletionOutput.reading, CompletionOutput.events = None, ()
     from_optional, process, complete = SamplingParams.from_optional, OutputProcessor.process_outputs, RequestState._new_completion_output
 
     @functools.wraps(from_optional)
     def checked(*args: Any, **kwargs: Any) -> SamplingParams:
-        """A server builds its parameters before it starts to answer, so a request is refused in time also when it streams."""
-        assert _front is not None
+        """A server (one engine) builds its parameters before it starts to answer, so a request is refused in time also when it streams."""
         try:
-            _front.admission.admit(kwargs.get("extra_args"))
+            for known in list(_fronts.values())[-1:]:
+                known.admission.admit(kwargs.get("extra_args"))
         except ValueError as error:
             metrics.refused()
             raise RefusedError(str(error)) from None
@@ -156,10 +161,11 @@ def _share(front: _Front) -> None:
         return output
 
     def collect(_: None, self: Any, request: Any, prompt: Any, parent: Any = None, index: int = 0, queue: Any = None) -> None:
-        assert _front is not None
-        collector = _front.collector(request, index, 1 if parent is None else parent.n, self.tokenizer)
-        if collector is not None:
-            self.request_states[request.request_id].emovec = collector
+        params = request.sampling_params
+        admitted = None if params is None or not params.extra_args else params.extra_args.get(ADMITTED)
+        if admitted is not None:
+            count = 1 if parent is None else parent.n
+            self.request_states[request.request_id].emovec = _fronts[admitted["front"]].collector(request, index, count, self.tokenizer)
 
     def keep(_: None, self: Any, following: Any, aggregate: bool) -> None:
         for completion in following.outputs:

@@ -1,0 +1,77 @@
+"""Requests with and without an adapter (LoRA) in one batch, each with and without steering."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from vllm_engine import ESSAY, NAME, TEXTS, Oracle, generate, params, started
+
+pytest.importorskip("vllm")
+
+pytestmark = pytest.mark.engine
+
+RANK, ALPHA = 4, 8
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+VALUES = [None, {"calm": 0.08}, {"desperate": {"at_most": 0.0}, "happy": {"add": 0.04}}, {"desperate": 0.1, "on": "generated"}]
+
+
+@pytest.fixture(scope="module")
+def adapter(oracle, tmp_path_factory):
+    """A random adapter on every matrix of every layer, and the oracle of the model that it is merged into."""
+    generator, folder = torch.Generator().manual_seed(0), tmp_path_factory.mktemp("adapter")
+    merged, tensors = copy.deepcopy(oracle.model), {}
+    for name, linear in merged.named_modules():
+        if name.split(".")[-1] in MODULES:
+            a = torch.randn(RANK, linear.in_features, generator=generator) * linear.in_features**-0.5
+            b = torch.randn(linear.out_features, RANK, generator=generator) * float(linear.weight.std()) * 2
+            linear.weight.data += ALPHA / RANK * b @ a
+            tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": NAME, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "r": RANK, "lora_alpha": ALPHA, "target_modules": MODULES}))
+    changed = Oracle(merged, oracle.bank)
+    return str(folder), changed
+
+
+@pytest.fixture(scope="module")
+def engine(adapter):
+    with started(enable_lora=True, max_lora_rank=8, max_loras=1) as engine:
+        yield engine
+
+
+def test_adapters_and_steering_in_one_batch(engine, adapter, oracle):
+    from vllm.lora.request import LoRARequest
+
+    folder, changed = adapter
+    lora = LoRARequest("random", 1, folder)
+    cases = [(oracle.ids(TEXTS[i % 4]), value, i % 2 == 0) for i, value in enumerate([*VALUES, *VALUES[1:], VALUES[0]])]
+    cases += [(ids, value, not adapted) for ids, value, adapted in cases]
+    given = [params(value, {"on": "all"}) for _, value, _ in cases]
+    outputs = generate(engine, [ids for ids, _, _ in cases], given, lora_request=[lora if adapted else None for _, _, adapted in cases])
+    for (ids, value, adapted), output in zip(cases, outputs, strict=True):
+        (changed if adapted else oracle).check(ids, value, output, on="all")
+    half = len(cases) // 2
+    assert all(one.token_ids != other.token_ids for one, other in zip(outputs[:half], outputs[half:], strict=True)), (
+        "the adapter does something"
+    )
+
+
+def test_blocks_of_an_adapter_are_its_own_steered_or_not(engine, adapter, oracle):
+    from vllm.lora.request import LoRARequest
+
+    lora = LoRARequest("random", 1, adapter[0])
+    ids = oracle.ids(ESSAY, chat=False)[:100]  # three whole blocks of 32
+
+    def ask(value, adapted):
+        prompt = [{"prompt_token_ids": ids}]
+        (output,) = engine.generate(prompt, [params(value)], use_tqdm=False, lora_request=lora if adapted else None)
+        (adapter[1] if adapted else oracle).check(ids, value, output.outputs[0])
+        return output.num_cached_tokens
+
+    kinds = [(value, adapted) for value in (None, {"calm": 0.08}) for adapted in (True, False)]
+    assert [ask(*kind) for kind in kinds] == [0] * 4
+    assert [ask(*kind) for kind in kinds] == [96] * 4
