@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import permutations
 
 import pytest
 import torch
@@ -124,10 +125,10 @@ def test_several_sequences_of_one_prompt(engine, oracle):
         assert len(one.reading.scores) == len(one.token_ids) - 1
 
 
-def test_requests_finish_in_any_order(engine, oracle):
-    ids = prompts(oracle, 6)
-    values = [SIXTEEN[i] for i in (0, 3, 6, 8, 10, 15)]
-    lengths = [12, 1, 7, 3, 12, 5]
+@pytest.mark.parametrize("lengths", [(12, 1, 7, 3, 12, 5), *permutations((2, 4, 7))], ids=str)
+def test_requests_finish_in_any_order(engine, oracle, lengths):
+    ids = prompts(oracle, len(lengths))
+    values = [SIXTEEN[i] for i in (0, 3, 6, 8, 10, 15)][-len(lengths) :]
     outputs = generate(engine, ids, [params(value, max_tokens=length) for value, length in zip(values, lengths, strict=True)])
     for prompt, value, output, length in zip(ids, values, outputs, lengths, strict=True):
         oracle.check(prompt, value, output, tokens=length)

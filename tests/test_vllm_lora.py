@@ -27,19 +27,19 @@ def adapter(oracle, tmp_path_factory):
     for name, linear in merged.named_modules():
         if name.split(".")[-1] in MODULES:
             a = torch.randn(RANK, linear.in_features, generator=generator) * linear.in_features**-0.5
-            b = torch.randn(linear.out_features, RANK, generator=generator) * float(linear.weight.std()) * 2
+            b = torch.randn(linear.out_features, RANK, generator=generator) * float(linear.weight.detach().std()) / 2
             linear.weight.data += ALPHA / RANK * b @ a
             tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": NAME, "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps({**config, "r": RANK, "lora_alpha": ALPHA, "target_modules": MODULES}))
-    changed = Oracle(merged, oracle.bank)
-    return str(folder), changed
+    return str(folder), Oracle(merged, oracle.bank)
 
 
 @pytest.fixture(scope="module")
-def engine(adapter):
-    with started(enable_lora=True, max_lora_rank=8, max_loras=1) as engine:
+def engine():
+    """With a slot more than adapters: on a CPU vLLM takes the last slot for the requests without one that run beside others."""
+    with started(enable_lora=True, max_lora_rank=8, max_loras=2) as engine:
         yield engine
 
 
@@ -48,16 +48,12 @@ def test_adapters_and_steering_in_one_batch(engine, adapter, oracle):
 
     folder, changed = adapter
     lora = LoRARequest("random", 1, folder)
-    cases = [(oracle.ids(TEXTS[i % 4]), value, i % 2 == 0) for i, value in enumerate([*VALUES, *VALUES[1:], VALUES[0]])]
-    cases += [(ids, value, not adapted) for ids, value, adapted in cases]
+    cases = [(oracle.ids(text), value, adapted) for text, value in zip(TEXTS, VALUES, strict=True) for adapted in (True, False)]
     given = [params(value, {"on": "all"}) for _, value, _ in cases]
     outputs = generate(engine, [ids for ids, _, _ in cases], given, lora_request=[lora if adapted else None for _, _, adapted in cases])
     for (ids, value, adapted), output in zip(cases, outputs, strict=True):
         (changed if adapted else oracle).check(ids, value, output, on="all")
-    half = len(cases) // 2
-    assert all(one.token_ids != other.token_ids for one, other in zip(outputs[:half], outputs[half:], strict=True)), (
-        "the adapter does something"
-    )
+    assert all(one.token_ids != other.token_ids for one, other in zip(outputs[::2], outputs[1::2], strict=True)), "adapters do something"
 
 
 def test_blocks_of_an_adapter_are_its_own_steered_or_not(engine, adapter, oracle):

@@ -33,7 +33,7 @@ def one(small, tmp_path_factory):
 def two(small):
     """Without a prefix cache, and with a cache of blocks that eight long requests do not fit into."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # by default each rank wants a NUMA node
         options = {"tensor_parallel_size": 2, "enable_prefix_caching": False, "num_gpu_blocks_override": 20}
         with started(**small[1], **options, enforce_eager=True, disable_log_stats=False) as engine:
             yield engine

@@ -102,7 +102,7 @@ class Oracle:
             options = {"max_new_tokens": tokens, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of strengths at which the model writes worse
-                probe = attach(self.model, self.bank, steer=value)
+                probe = attach(self.model, self.bank, steer=value, force=self.tokenizer is None)  # given models may be fine-tuned
             with probe:
                 out = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
             self._known[key] = (out.sequences[0, len(ids) :].tolist(), torch.cat(out.logits), probe[0])
