@@ -171,7 +171,7 @@ def test_a_soak(engine, oracle):
             if value is not None and dice.random() < 0.5:
                 value["on"] = dice.choice(["prompt", "generated"])
             wanted = dice.choice([None, True, {"on": "all"}, {"concepts": [a]}])
-            prompt = essay[: dice.randrange(1, 100 if dice.random() < 0.1 else 24)]  # some come in chunks
+            prompt = essay[: dice.randrange(1, 100 if dice.random() < 0.06 else 20)]  # some come in chunks
             core.add_request(name, {"prompt_token_ids": prompt}, params(value, wanted, max_tokens=dice.randrange(1, 9)))
             running.add(name)
         for output in core.step():

@@ -64,8 +64,8 @@ def test_blocks_of_an_adapter_are_its_own_steered_or_not(engine, adapter, oracle
 
     def ask(value, adapted):
         prompt = [{"prompt_token_ids": ids}]
-        (output,) = engine.generate(prompt, [params(value)], use_tqdm=False, lora_request=lora if adapted else None)
-        (adapter[1] if adapted else oracle).check(ids, value, output.outputs[0])
+        (output,) = engine.generate(prompt, [params(value, max_tokens=4)], use_tqdm=False, lora_request=lora if adapted else None)
+        (adapter[1] if adapted else oracle).check(ids, value, output.outputs[0], tokens=4)
         return output.num_cached_tokens
 
     kinds = [(value, adapted) for value in (None, {"calm": 0.08}) for adapted in (True, False)]

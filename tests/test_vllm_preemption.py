@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 
 pytestmark = pytest.mark.engine
 
-TOKENS = 48
+TOKENS = 32
 
 
 def test_preempted_requests_come_to_what_they_would_have_come_to(engine, oracle):
