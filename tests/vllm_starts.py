@@ -45,6 +45,7 @@ if __name__ == "__main__":
     for start in json.loads(Path(sys.argv[1]).read_text()):
         results.append(run(**start))
         gc.collect()
-        assert not front._fronts, "a front end is left over"
+        assert front._made is None, "a front end waits for an engine"
+        assert front._last is None or front._last() is None, "a front end is left over"
         assert not op.TAPS, "buffers are left over"
     torch.save(results, sys.argv[2])

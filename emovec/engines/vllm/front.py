@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
+import weakref
 from typing import Any
-from weakref import WeakValueDictionary
 
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
@@ -46,7 +45,7 @@ def install(processor: Any) -> None:
 
 class _Front:
     def __init__(self, admission: Admission) -> None:
-        self.admission, self.number = admission, next(_numbers)
+        self.admission = admission
         self.bank: Bank = admission.config.bank
         self.layers = Scorer(self.bank, admission.config.layers).together
         self.feed = live.Feed(self.bank) if admission.config.live else None
@@ -74,9 +73,9 @@ class _Front:
         params = params.clone()
         ours = (*FIELDS, replies.KEY)
         params.extra_args = {key: value for key, value in extra.items() if key.split(".")[0] not in ours}
-        params.extra_args[ADMITTED] = {**admitted, "front": self.number}
+        params.extra_args[ADMITTED] = admitted
         if replies.KEY in extra:
-            params.extra_args[ADMITTED]["reply"] = extra[replies.KEY]
+            params.extra_args[ADMITTED] = {**admitted, "reply": extra[replies.KEY]}
         scored = [admitted["scores"]["on"]] if "scores" in admitted else []
         if any(on != "generated" for on in [*scored, *(one["on"] for one in admitted.get("guard", ()))]):
             params.skip_reading_prefix_cache = True  # what is read from the cache is not computed, so it has no scores
@@ -84,8 +83,9 @@ class _Front:
 
     def collector(self, request: Any, index: int, count: int, tokenizer: Any) -> Collector | None:
         """A place for the scores and events of a request, sequence ``index`` of the ``count`` of its prompt; None if it wants none."""
-        admitted = request.sampling_params.extra_args[ADMITTED]
-        if not ("scores" in admitted or "guard" in admitted):
+        params = request.sampling_params
+        admitted = None if params is None or not params.extra_args else params.extra_args.get(ADMITTED)
+        if admitted is None or not ("scores" in admitted or "guard" in admitted):
             return None
         scores = admitted.get("scores", {"on": "generated", "concepts": None, "top": None})
         length = len(request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds)
@@ -114,28 +114,26 @@ class _Front:
                 self.feed.fired(state.external_req_id, state.request_index, event)
 
 
-_numbers = itertools.count()
-_fronts: WeakValueDictionary[int, _Front] = WeakValueDictionary()
-"""Of the engines that there are in this process, by number; a request says whose it is."""
-_changed = False
+_made: _Front | None = None  # by an input processor, for the output processor of the same engine, which is made next
+_last: weakref.ref[_Front] | None = None
 
 
 def _share(front: _Front) -> None:
     """Outputs are handled by classes that know of no configuration: they are changed once, for all engines of the process."""
-    global _changed
-    _fronts[front.number] = front
-    if _changed:
+    global _made, _last
+    first, _made, _last = _last is None, front, weakref.ref(front)
+    if not first:
         return
-    _changed = True
-    CompletionOutput.reading, CompletionOutput.events = None, ()
+    CompletionOutput.reading, CompletionOutput.events, OutputProcessor.emovec = None, (), None
     from_optional, process, complete = SamplingParams.from_optional, OutputProcessor.process_outputs, RequestState._new_completion_output
 
     @functools.wraps(from_optional)
     def checked(*args: Any, **kwargs: Any) -> SamplingParams:
         """A server (one engine) builds its parameters before it starts to answer, so a request is refused in time also when it streams."""
+        last = None if _last is None else _last()
         try:
-            for known in list(_fronts.values())[-1:]:
-                known.admission.admit(kwargs.get("extra_args"))
+            if last is not None:
+                last.admission.admit(kwargs.get("extra_args"))
         except ValueError as error:
             metrics.refused()
             raise RefusedError(str(error)) from None
@@ -147,8 +145,7 @@ def _share(front: _Front) -> None:
             if output.kv_transfer_params and ADMITTED in output.kv_transfer_params:
                 news = output.kv_transfer_params.pop(ADMITTED)
                 output.kv_transfer_params = output.kv_transfer_params or None
-                assert _front is not None
-                _front.receive(news, self.request_states.get(output.request_id))
+                self.emovec.receive(news, self.request_states.get(output.request_id))
         return process(self, outputs, *args, **kwargs)
 
     @functools.wraps(complete)
@@ -161,11 +158,13 @@ def _share(front: _Front) -> None:
         return output
 
     def collect(_: None, self: Any, request: Any, prompt: Any, parent: Any = None, index: int = 0, queue: Any = None) -> None:
-        params = request.sampling_params
-        admitted = None if params is None or not params.extra_args else params.extra_args.get(ADMITTED)
-        if admitted is not None:
-            count = 1 if parent is None else parent.n
-            self.request_states[request.request_id].emovec = _fronts[admitted["front"]].collector(request, index, count, self.tokenizer)
+        if self.emovec is not None:
+            collector = self.emovec.collector(request, index, 1 if parent is None else parent.n, self.tokenizer)
+            self.request_states[request.request_id].emovec = collector
+
+    def adopt(_: None, self: Any, *args: Any, **kwargs: Any) -> None:
+        global _made
+        self.emovec, _made = _made, None
 
     def keep(_: None, self: Any, following: Any, aggregate: bool) -> None:
         for completion in following.outputs:
@@ -176,5 +175,6 @@ def _share(front: _Front) -> None:
     SamplingParams.from_optional = staticmethod(checked)
     OutputProcessor.process_outputs = process_outputs
     RequestState._new_completion_output = new_completion_output
+    after(OutputProcessor, "__init__", adopt)
     after(OutputProcessor, "add_request", collect)
     after(RequestOutput, "add", keep)
