@@ -10,8 +10,9 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* kernels/*.h 
 export OMP_WAIT_POLICY ?= passive
 
 VLLM := $(VENV)-vllm
+REQUESTS := tests/test_vllm.py tests/test_vllm_guard.py tests/test_vllm_preemption.py
 PORT ?= 8000
-.PHONY: demo serve test test-slow test-sanitized test-engines test-vllm bench bank lint clean
+.PHONY: demo serve test test-slow test-sanitized test-engines test-vllm test-vllm-requests test-vllm-starts bench bank lint clean
 
 demo: $(VENV)/demo.stamp ## read, steer, clamp and guard a real model; writes demo/index.html
 	$(BIN)/emovec demo --out demo
@@ -31,8 +32,13 @@ test-sanitized: $(VENV)/test.stamp ## of these the last alone
 test-engines: $(VENV)/engines.stamp ## the same directions in llama.cpp
 	$(BIN)/python -m pytest -q -m engine
 
-test-vllm: $(VLLM)/vllm.stamp ## vLLM on a CPU, in an environment of its own
-	$(VLLM_SETTINGS) $(VLLM)/bin/python -m pytest -q -m engine $(wildcard tests/test_vllm*.py)
+test-vllm: test-vllm-requests test-vllm-starts ## vLLM on a CPU, in an environment of its own; with -j2 both halves at once
+
+test-vllm-requests: $(VLLM)/vllm.stamp ## many requests to one engine, eager and compiled
+	$(VLLM_TEST) $(REQUESTS)
+
+test-vllm-starts: $(VLLM)/vllm.stamp ## engines that are started another way: a server, two ranks, adapters, one after the other
+	$(VLLM_TEST) $(filter-out $(REQUESTS),$(wildcard tests/test_vllm*.py))
 
 bench: $(VENV)/bench.stamp ## the op on a CPU beside the core's peak, torch and other packages: three minutes, on a machine that is otherwise idle
 	env -u OMP_WAIT_POLICY $(BIN)/python bench/cpu.py
@@ -90,6 +96,8 @@ $(VENV)/engines.stamp: $(VENV)/test.stamp
 # vLLM wants another numpy than ours, and pulls in what text does not need. Of emovec it gets the editable installation as it is: the same
 # library works with the same torch.
 VLLM_SETTINGS := VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
+# One thread for each engine, wherever there is a core: by default vLLM would bind them all to the same.
+VLLM_TEST = $(VLLM_SETTINGS) VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m engine
 VLLM_PIP := $(VLLM)/bin/python -m pip install -q --disable-pip-version-check -c $(VLLM)/constraints.txt
 
 $(VLLM)/vllm.stamp: $(VENV)/demo.stamp constraints.txt tests/vllm_requirements.py

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from vllm_engine import ESSAY, NAME, TEXTS, Oracle, generate, params, started
+from vllm_engine import ESSAY, TEXTS, generate, params
 
 from emovec.guard import Guard, Refuse, Steer, Stop, Threshold
 from emovec.hook import attach
@@ -18,24 +18,6 @@ pytestmark = pytest.mark.engine
 REFUSAL = " I would rather not."
 CALM = {"calm": 0.25}  # so strong that these few tokens show it
 PLAIN = {"halflife": 0, "on": "generated"}
-
-
-@pytest.fixture(scope="module")
-def oracle():
-    return Oracle()
-
-
-@pytest.fixture(scope="module")
-def audit(tmp_path_factory):
-    return tmp_path_factory.mktemp("audit") / "events.jsonl"
-
-
-@pytest.fixture(scope="module")
-def engine(audit):
-    on_server = [{"of": "hostile", "above": 45, "on": "generated"}]
-    config = {"emovec": {"bank": NAME, "guard": on_server, "audit": str(audit)}}
-    with started(enforce_eager=True, additional_config=config) as engine:
-        yield engine
 
 
 def crossing(oracle, ids):

@@ -1,38 +1,22 @@
-"""vLLM with a cache too small for its requests: they are thrown out, computed anew, and come to the same."""
+"""Requests that the cache is too small for: they are thrown out, computed anew, and come to the same."""
 
 from __future__ import annotations
 
 import pytest
-from vllm_engine import ESSAY, SIXTEEN, Oracle, generate, params, started
+from vllm_engine import ESSAY, SIXTEEN, generate, params, preemptions
 
 pytest.importorskip("vllm")
 
 
 pytestmark = pytest.mark.engine
 
-TOKENS = 48
-
-
-@pytest.fixture(scope="module")
-def oracle():
-    return Oracle()
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["prefix cache", "no prefix cache"])
-def engine(request):
-    options = {"num_gpu_blocks_override": 12, "max_model_len": 256, "disable_log_stats": False, "enable_prefix_caching": request.param}
-    with started(enforce_eager=True, **options) as engine:
-        yield engine
-
-
-def preemptions(engine):
-    return sum(metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
+TOKENS = 32
 
 
 def test_preempted_requests_come_to_what_they_would_have_come_to(engine, oracle):
     before = preemptions(engine)
     text = oracle.ids(ESSAY, chat=False)
-    ids = [text[start : start + 40] for start in range(8)]
+    ids = [text[start : start + 140] for start in range(8)]
     values = [SIXTEEN[i] for i in (0, 3, 6, 8, 10, 12, 13, 15)]
     outputs = generate(engine, ids, [params(value, {"on": "all"}, max_tokens=TOKENS) for value in values])
     assert preemptions(engine) > before, "the cache was large enough: this shows nothing"

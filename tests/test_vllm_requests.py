@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from banks import NAMES
+from banks import NAMES, make_bank
 
 from emovec.engines.vllm import config
 from emovec.engines.vllm.cache import block_key
@@ -109,6 +109,34 @@ def test_scores_of_all_tokens_are_seen_by_one_server_alone(saved, monkeypatch, a
     if "metrics" in asked:
         with pytest.raises(config.ConfigError, match="PROMETHEUS_MULTIPROC_DIR"):
             config.check(engine(additional_config=ours), config.SUPPORTED[0])
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("pipeline_parallel_size", 2, "pipeline parallelism"),
+        ("prefill_context_parallel_size", 2, "context parallelism"),
+        ("decode_context_parallel_size", 2, "context parallelism"),
+        ("use_sequence_parallel_moe", True, "sequence parallelism"),
+        ("use_ubatching", True, "dual batch overlap"),
+    ],
+)
+def test_ways_to_share_a_model_that_are_refused(saved, setting, value, said):
+    made = engine(additional_config={"emovec": {"bank": saved}})
+    setattr(made.parallel_config, setting, value)
+    with pytest.raises(config.ConfigError, match=said):
+        config.check(made, config.SUPPORTED[0])
+
+
+def test_the_key_of_compiled_graphs_has_the_layers_of_the_bank(saved, bank):
+    made = engine(additional_config={"emovec": {"bank": saved}, "other": 1})
+    config.check(made, config.SUPPORTED[0])
+    where = {"layers": list(bank.read_layers), "steer_layers": list(bank.steer_layers)}
+    assert made.additional_config == {"emovec": {"bank": saved, **where}, "other": 1}
+    make_bank((1, 3, 5)).save(saved)
+    again = engine(additional_config={"emovec": {"bank": saved}, "other": 1})
+    config.check(again, config.SUPPORTED[0])
+    assert again.additional_config != made.additional_config
 
 
 def test_another_version_is_refused_by_name():

@@ -50,8 +50,8 @@ def started(**options: Any) -> Iterator[Any]:
     """An engine in fp32, so that its tokens can be compared; small budgets, so that prompts are computed in chunks."""
     from vllm import LLM
 
-    folder = models.local_path(NAME)
     settings: dict[str, Any] = {
+        "model": models.local_path(NAME),
         "dtype": "float32",
         "max_model_len": 512,
         "max_num_seqs": 16,
@@ -60,7 +60,7 @@ def started(**options: Any) -> Iterator[Any]:
         "additional_config": {"emovec": {"bank": NAME}},
         "seed": 0,
     }
-    engine = LLM(model=folder, **{**settings, **options})
+    engine = LLM(**{**settings, **options})
     try:
         yield engine
     finally:
@@ -74,17 +74,21 @@ def params(value: Any = None, scores: Any = None, **options: Any) -> Any:
     return SamplingParams(**{"temperature": 0.0, "max_tokens": 12, "extra_args": extra or None, **options})
 
 
-def generate(engine: Any, prompts: Sequence[Sequence[int]], given: Sequence[Any]) -> list[Any]:
-    outputs = engine.generate([{"prompt_token_ids": list(ids)} for ids in prompts], list(given), use_tqdm=False)
+def generate(engine: Any, prompts: Sequence[Sequence[int]], given: Sequence[Any], **options: Any) -> list[Any]:
+    outputs = engine.generate([{"prompt_token_ids": list(ids)} for ids in prompts], list(given), use_tqdm=False, **options)
     return [output.outputs[0] for output in outputs]
 
 
-class Oracle:
-    """The same model in transformers; every run is alone."""
+def preemptions(engine: Any) -> float:
+    return sum(metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
 
-    def __init__(self) -> None:
-        self.model, self.tokenizer = models.load_model(NAME, dtype=torch.float32, device="cpu")
-        self.bank = load_bank(NAME)
+
+class Oracle:
+    """A model in transformers, by default the same; every run is alone."""
+
+    def __init__(self, model: Any = None, bank: Any = None) -> None:
+        self.model, self.tokenizer = (model, None) if model else models.load_model(NAME, dtype=torch.float32, device="cpu")
+        self.bank = bank or load_bank(NAME)
         self._known: dict[Any, Any] = {}
 
     def ids(self, text: str, *, chat: bool = True) -> list[int]:
@@ -98,7 +102,7 @@ class Oracle:
             options = {"max_new_tokens": tokens, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of strengths at which the model writes worse
-                probe = attach(self.model, self.bank, steer=value)
+                probe = attach(self.model, self.bank, steer=value, force=self.tokenizer is None)  # given models may be fine-tuned
             with probe:
                 out = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
             self._known[key] = (out.sequences[0, len(ids) :].tolist(), torch.cat(out.logits), probe[0])

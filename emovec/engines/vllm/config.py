@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 from emovec.bank import Bank, load_bank
@@ -84,7 +83,7 @@ def load(vllm_config: Any) -> Config | None:
     for key in ("live", "force"):
         if not isinstance(given.get(key, False), bool):
             raise ConfigError(f"emovec: {key} must be true or false, got {shown(given[key])}")
-    bank = _bank(name)
+    bank = load_bank(name)
     layers = _layers(given, "layers", bank, bank.read_layers)
     steer_layers = _layers(given, "steer_layers", bank, bank.steer_layers)
     named = {} if profiles is None else load_profiles(profiles, bank.names)
@@ -119,6 +118,9 @@ def check(vllm_config: Any, version: str) -> None:
     assert config is not None
     _check_servers(config, parallel)
     _check_model(config, model.hf_text_config)
+    # graphs depend on these, and with them the key of the compile cache: a file of a bank may change, and its layers with it
+    where = {"layers": list(config.layers), "steer_layers": list(config.steer_layers)}
+    vllm_config.additional_config = {**vllm_config.additional_config, KEY: {**vllm_config.additional_config[KEY], **where}}
 
 
 def _check_servers(config: Config, parallel: Any) -> None:
@@ -148,8 +150,3 @@ def _layers(given: Mapping[str, Any], key: str, bank: Bank, default: tuple[int, 
     for index in layers:
         bank[index]
     return tuple(sorted(set(layers)))
-
-
-@lru_cache(maxsize=4)
-def _bank(name: str) -> Bank:
-    return load_bank(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -113,24 +114,26 @@ class _Front:
                 self.feed.fired(state.external_req_id, state.request_index, event)
 
 
-_front: _Front | None = None
+_made: _Front | None = None  # by an input processor, for the output processor of the same engine, which is made next
+_last: weakref.ref[_Front] | None = None
 
 
 def _share(front: _Front) -> None:
-    """Outputs are handled by classes that know of no configuration: they are changed once, for the engine that was made last."""
-    global _front
-    first, _front = _front is None, front
+    """Outputs are handled by classes that know of no configuration: they are changed once, for all engines of the process."""
+    global _made, _last
+    first, _made, _last = _last is None, front, weakref.ref(front)
     if not first:
         return
-    CompletionOutput.reading, CompletionOutput.events = None, ()
+    CompletionOutput.reading, CompletionOutput.events, OutputProcessor.emovec = None, (), None
     from_optional, process, complete = SamplingParams.from_optional, OutputProcessor.process_outputs, RequestState._new_completion_output
 
     @functools.wraps(from_optional)
     def checked(*args: Any, **kwargs: Any) -> SamplingParams:
-        """A server builds its parameters before it starts to answer, so a request is refused in time also when it streams."""
-        assert _front is not None
+        """A server (one engine) builds its parameters before it starts to answer, so a request is refused in time also when it streams."""
+        last = None if _last is None else _last()
         try:
-            _front.admission.admit(kwargs.get("extra_args"))
+            if last is not None:
+                last.admission.admit(kwargs.get("extra_args"))
         except ValueError as error:
             metrics.refused()
             raise RefusedError(str(error)) from None
@@ -142,8 +145,7 @@ def _share(front: _Front) -> None:
             if output.kv_transfer_params and ADMITTED in output.kv_transfer_params:
                 news = output.kv_transfer_params.pop(ADMITTED)
                 output.kv_transfer_params = output.kv_transfer_params or None
-                assert _front is not None
-                _front.receive(news, self.request_states.get(output.request_id))
+                self.emovec.receive(news, self.request_states.get(output.request_id))
         return process(self, outputs, *args, **kwargs)
 
     @functools.wraps(complete)
@@ -156,10 +158,13 @@ def _share(front: _Front) -> None:
         return output
 
     def collect(_: None, self: Any, request: Any, prompt: Any, parent: Any = None, index: int = 0, queue: Any = None) -> None:
-        assert _front is not None
-        collector = _front.collector(request, index, 1 if parent is None else parent.n, self.tokenizer)
-        if collector is not None:
+        if self.emovec is not None:
+            collector = self.emovec.collector(request, index, 1 if parent is None else parent.n, self.tokenizer)
             self.request_states[request.request_id].emovec = collector
+
+    def adopt(_: None, self: Any, *args: Any, **kwargs: Any) -> None:
+        global _made
+        self.emovec, _made = _made, None
 
     def keep(_: None, self: Any, following: Any, aggregate: bool) -> None:
         for completion in following.outputs:
@@ -170,5 +175,6 @@ def _share(front: _Front) -> None:
     SamplingParams.from_optional = staticmethod(checked)
     OutputProcessor.process_outputs = process_outputs
     RequestState._new_completion_output = new_completion_output
+    after(OutputProcessor, "__init__", adopt)
     after(OutputProcessor, "add_request", collect)
     after(RequestOutput, "add", keep)

@@ -63,7 +63,7 @@ def claim(owner: object, taps: Mapping[int, Tap]) -> None:
     global _owner
     if _owner is not None and _owner() is not None:
         raise RuntimeError("another engine with emovec runs in this process; a process can have one (VLLM_ENABLE_V1_MULTIPROCESSING=1)")
-    _owner = weakref.ref(owner)
+    _owner = weakref.ref(owner, lambda _: TAPS.clear())
     TAPS.clear()
     TAPS.update(taps)
 
