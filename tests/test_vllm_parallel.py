@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vllm_engine import CLOSE, generate, params, preemptions, started
+from vllm_engine import CLOSE, EAGER, generate, params, preemptions, started
 from vllm_small import SIXTEEN, configured, other_bank, prompts, renamed, saved
 
 pytest.importorskip("vllm")
@@ -25,7 +25,7 @@ def one(small, tmp_path_factory):
     path = tmp_path_factory.mktemp("other") / "bank.safetensors"
     other_bank(oracle.bank).save(path)
     where = {"layers": list(oracle.bank.read_layers), "steer_layers": list(oracle.bank.steer_layers)}
-    with started(**{**options, **configured(path, **where)}, enforce_eager=True) as engine:
+    with started(**{**options, **configured(path, **where)}, enforce_eager=EAGER) as engine:
         yield engine
 
 
@@ -35,7 +35,7 @@ def two(small):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # by default each rank wants a NUMA node
         options = {"tensor_parallel_size": 2, "enable_prefix_caching": False, "num_gpu_blocks_override": 20}
-        with started(**small[1], **options, enforce_eager=True, disable_log_stats=False) as engine:
+        with started(**small[1], **options, enforce_eager=EAGER, disable_log_stats=False) as engine:
             yield engine
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from emovec.bank import load_bank
 from emovec.hook import attach
 
 NAME = "smollm2-135m-instruct"
+EAGER = os.environ.get("EMOVEC_TEST_COMPILED") != "1"  # of servers and ranks, which compile for minutes
 TIED = 1e-2  # logits nearer than this may come out either way: the two engines differ by 1e-4 or so in fp32
 CLOSE = {"rtol": 2e-3, "atol": 2e-2}  # of scores, in standard deviations
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_engine import NAME, profiles
+from vllm_engine import EAGER, NAME, profiles
 
 requests = pytest.importorskip("requests")
 
@@ -31,7 +31,7 @@ def serving(folder: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", *(["--enforce-eager"] if EAGER else [])]
     limits = ["--max-model-len", "512", "--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--block-size", "32"]
     shown = ["--metrics", "all", "--live", "--api-key", "of-the-tests"]
     command = [sys.executable, "-m", "emovec", "serve", NAME, "--profiles", named, *shown, *options, *limits]
