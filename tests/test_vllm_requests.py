@@ -111,6 +111,13 @@ def test_scores_of_all_tokens_are_seen_by_one_server_alone(saved, monkeypatch, a
             config.check(engine(additional_config=ours), config.SUPPORTED[0])
 
 
+def test_an_audit_that_cannot_be_written_is_found_at_start(saved, tmp_path):
+    config.check(engine(additional_config={"emovec": {"bank": saved, "audit": str(tmp_path / "events.jsonl")}}), config.SUPPORTED[0])
+    for path, said in ((tmp_path, "directory"), (tmp_path / "none" / "events.jsonl", "No such file")):
+        with pytest.raises(config.ConfigError, match=f"audit .* cannot be written: .*{said}"):
+            config.check(engine(additional_config={"emovec": {"bank": saved, "audit": str(path)}}), config.SUPPORTED[0])
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "said"),
     [
