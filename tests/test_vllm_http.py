@@ -286,6 +286,7 @@ def test_a_guard_refuses(server, stream):
         ({"emotion_bias": {"calm": True}}, "expected a number"),
         ({"emotion_bias": "stedy"}, "steady"),
         ({"emotion_scores": {"top": -1}}, "positive integer"),
+        ({"emotion_score": True}, "nearest known: emotion_scores"),
         ({"vllm_xargs": {"emotion_bias": '{"clam": 0.1}'}}, "calm"),
         ({"vllm_xargs": {"emotion_bias.clam": 0.1}}, "calm"),
         ({"vllm_xargs": {"emovec": "x"}}, "engine's own"),

@@ -55,6 +55,12 @@ def test_the_middleware_moves_our_fields_to_the_extra_arguments():
     assert json.loads(ask(b'{"emotion_bias": "steady"}')[0]["body"]) == {"vllm_xargs": {"emotion_bias": "steady"}}
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions/batch", "/invocations", "/v1/messages", "/v1/responses"])
+def test_wherever_there_is_an_answer_our_fields_are_moved(path):
+    moved = json.loads(ask(b'{"emotion_bias": "steady", "emotion_bais": 3}', path=path)[0]["body"])
+    assert moved == {"vllm_xargs": {"emotion_bias": "steady", "emotion_bais": "3"}}, "and the engine says what is unknown"
+
+
 @pytest.mark.parametrize(
     "body", [b'{"model":  "m"}', b"not json", b"[" * 100_000, b'{"emotion_bias": null}', b"[1, 2]"], ids=lambda body: str(body[:20])
 )
@@ -71,6 +77,8 @@ def test_other_requests_pass_as_they_are(body):
         (b'{"emotion_bias": ' + b"[" * 100_000, "/v1/completions", "JSON object"),
         (b'{"emotion_bias": {"calm": ' + b"9" * 5000 + b"}}", "/v1/completions", "JSON object"),
         (b'["emotion_bias"]', "/v1/completions", "JSON object"),
+        (b'{"emotion_bias": {"calm": 0.1,}}', "/v1/completions", "line 1 column"),
+        (b'{"emotion_scores": true}', "/invocations", "alone"),
         (b'{"emotion_scores": true}', "/v1/responses", "alone"),
     ],
     ids=lambda part: str(part)[:30],

@@ -71,6 +71,16 @@ def test_thresholds_that_mean_nothing_are_refused(settings, value, said):
         Admission(settings, torch.float32, Words()).admit({"emotion_guard": value})
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [({"clam": 0.1}, "nearest known: calm"), ({"calm": 100}, "from -2 to 2"), (3, "got 3")],
+    ids=str,
+)
+def test_what_a_threshold_of_the_server_lays_on_requests_is_checked_before_they_come(bank, value, said):
+    with pytest.raises(SteeringError, match=f"threshold on 'afraid': .*{said}"):
+        guard.parse([{"of": "afraid", "above": 1, "do": {"steer": value}}], bank)
+
+
 def test_a_threshold_without_a_baseline_is_refused():
     bare = make_bank(kinds=())
     with pytest.raises(SteeringError, match="no baseline"):

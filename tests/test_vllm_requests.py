@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from banks import NAMES, make_bank
 from emovec.engines.vllm import config
 from emovec.engines.vllm.cache import block_key
 from emovec.engines.vllm.requests import ADMITTED, Admission, RequestError
-from emovec.steer import Steering
+from emovec.steer import Steering, SteeringError
 
 # --- configuration ------------------------------------------------------------------------------------------------
 
@@ -111,6 +112,13 @@ def test_scores_of_all_tokens_are_seen_by_one_server_alone(saved, monkeypatch, a
             config.check(engine(additional_config=ours), config.SUPPORTED[0])
 
 
+def test_an_audit_that_cannot_be_written_is_found_at_start(saved, tmp_path):
+    config.check(engine(additional_config={"emovec": {"bank": saved, "audit": str(tmp_path / "events.jsonl")}}), config.SUPPORTED[0])
+    for path, said in ((tmp_path, "directory"), (tmp_path / "none" / "events.jsonl", "No such file")):
+        with pytest.raises(config.ConfigError, match=f"audit .* cannot be written: .*{said}"):
+            config.check(engine(additional_config={"emovec": {"bank": saved, "audit": str(path)}}), config.SUPPORTED[0])
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "said"),
     [
@@ -204,6 +212,19 @@ def test_what_scores_may_be_asked_for(admission, scores, admitted):
 def test_scores_that_cannot_be_given_are_refused(admission, scores):
     with pytest.raises(RequestError, match="emotion_scores"):
         admission.admit({"emotion_scores": scores})
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("emotion_score", "emotion_scores"), ("emotion_bais", "emotion_bias"), ("emotion_biass.calm", "emotion_bias")]
+)
+def test_a_field_that_is_misspelt_is_refused(admission, name, meant):
+    with pytest.raises(RequestError, match=f"unknown field '{name}'; nearest known: {meant}"):
+        admission.admit({name: 1})
+
+
+def test_a_profile_where_there_are_none(settings):
+    with pytest.raises(SteeringError, match="no profiles to name, got 'steady'"):
+        Admission(replace(settings, profiles={}), torch.float32).admit({"emotion_bias": "steady"})
 
 
 # --- the prefix cache ---------------------------------------------------------------------------------------------

@@ -105,6 +105,12 @@ def test_what_is_wrong_is_found_before_vllm_starts(bank, installed, options, err
     assert installed == []
 
 
+def test_a_guard_that_is_not_json_is_named(bank, installed, tmp_path):
+    (tmp_path / "guard.json").write_text('[{"of": "calm", "above": 3},]')
+    with pytest.raises(ValueError, match=r"guard\.json is not JSON: .* line 1 column"):
+        run("some/model", "--bank", bank, "--guard", tmp_path / "guard.json")
+
+
 def test_our_own_flags_are_not_to_be_given(bank, installed):
     assert "is set by emovec serve" in run("some/model", "--bank", bank, "--additional-config", "{}", code=2)
     assert "is set by emovec serve" in run("some/model", "--bank", bank, "--middleware=other", code=2)

@@ -63,7 +63,10 @@ def serve(
         load_profiles(profiles, loaded.names)
         config["profiles"] = str(profiles.resolve())
     if guard is not None:
-        config["guard"] = json.loads(guard.read_text(encoding="utf-8"))
+        try:
+            config["guard"] = json.loads(guard.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{guard} is not JSON: {error}") from None
         parse(config["guard"], loaded)
     if audit is not None:
         config["audit"] = str(audit.resolve())

@@ -117,6 +117,7 @@ def check(vllm_config: Any, version: str) -> None:
     config = load(vllm_config)
     assert config is not None
     _check_servers(config, parallel)
+    _check_audit(config.audit)
     _check_model(config, model.hf_text_config)
     # graphs depend on these, and with them the key of the compile cache: a file of a bank may change, and its layers with it
     where = {"layers": list(config.layers), "steer_layers": list(config.steer_layers)}
@@ -129,6 +130,17 @@ def _check_servers(config: Config, parallel: Any) -> None:
         raise ConfigError(f"emovec: metrics and live need one API server, not {parallel._api_process_count}; set --api-server-count 1")
     if config.metrics and "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         raise ConfigError("emovec: metrics cannot be shown in Prometheus' multiprocess mode; unset PROMETHEUS_MULTIPROC_DIR")
+
+
+def _check_audit(path: str | None) -> None:
+    """That it can be written, and not only once something fires."""
+    if path is None:
+        return
+    try:
+        with open(path, "a"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"emovec: the audit {shown(path)} cannot be written: {error.strerror}") from None
 
 
 def _check_model(config: Config, hf: Any) -> None:

@@ -105,7 +105,10 @@ class _Core:
             self._watches[name] = guard.Watch(given, request.num_prompt_tokens)
         events = self._watches[name].see(chunk)
         for event in events:
-            self._audit(request.request_id, event)
+            try:
+                self._audit(name, event)
+            except OSError as error:  # a full disk is no reason to stop serving
+                logger.error("emovec: %s of request %s is not in the audit: %s", event.shown(), name, error)
             self._for(name)["events"].append(event.shown())
         strongest = min(events, key=lambda event: ("stop", "refuse", "steer").index(event.do), default=None)
         if strongest is None:

@@ -98,7 +98,7 @@ class _Front:
     def receive(self, news: Any, state: Any) -> None:
         """Take in what came with an output; ``state`` is vLLM's of its request, or None if that is gone."""
         if news["counts"]:
-            metrics.counted(*news["counts"])
+            metrics.counted(self.admission.config.metrics, *news["counts"])
         if state is None:
             return
         if self.feed is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from emovec.bank import Bank
 from emovec.bank_layer import nearest, shown
 from emovec.engines.vllm.scores import Chunk
-from emovec.steer import SteeringError
+from emovec.steer import Steering, SteeringError
 from emovec.threshold import Course, Steer, Stop, Threshold, counts
 
 MAX_THRESHOLDS = 16
@@ -63,6 +63,8 @@ def _threshold(given: Any, bank: Bank) -> Watched:
         options = {key: given[key] for key in ("halflife", "hold", "on") if key in given}
         threshold = Threshold(given.get("of", ""), given.get("above", float("nan")), Stop() if do != "steer" else Steer(detail), **options)
         weights = threshold.weights(bank.names, bank.families)
+        if do == "steer":
+            Steering.parse(detail, bank.names)
     except (ValueError, TypeError) as error:
         raise SteeringError(f"{where}: {error}") from None
     check_unit(weights, bank, where)

@@ -13,11 +13,11 @@ from typing import Any
 from emovec.engines.vllm import live
 from emovec.engines.vllm.asgi import Message, Receive, Send, refuse
 from emovec.engines.vllm.replies import KEY, Reply
-from emovec.engines.vllm.requests import BIAS, FIELDS, GUARD, SCORES, asks
+from emovec.engines.vllm.requests import BIAS, FIELDS, GUARD, OURS, SCORES, asks
 
 _SCORED = ("/v1/chat/completions", "/v1/completions")
-_PATHS = (*_SCORED, "/v1/responses", "/v1/messages")
-_OURS = b'"emotion_'
+_PATHS = (*_SCORED, "/v1/responses", "/v1/messages", "/v1/chat/completions/batch", "/invocations")
+_MENTIONED = f'"{OURS}'.encode()
 
 
 class Middleware:
@@ -35,13 +35,13 @@ class Middleware:
             await self._app(scope, receive, send)
             return
         first, body = await _body(receive)
-        request = _object(body) if _OURS in body else {}
+        request = _object(body) if _MENTIONED in body else {}
         args = None if request is None else _arguments(request)
         if request is not None and args is None:
             await self._app(scope, _replay(first, body, receive), send)
             return
         if request is None or args is None:
-            await refuse(send, "the request is not a JSON object that can be read", BIAS)
+            await refuse(send, f"the request is not a JSON object that can be read{_fault(body)}", BIAS)
             return
         if request.get("use_beam_search"):
             await refuse(send, f"{', '.join(FIELDS)} cannot be used with beam search: its beams are prompts of their own", BIAS)
@@ -110,15 +110,14 @@ def _arguments(request: dict[str, Any]) -> dict[str, Any] | None:
     extra = request.get("vllm_xargs")
     extra = dict(extra) if isinstance(extra, dict) else {}
     extra.pop(KEY, None)
-    for name in FIELDS:
-        value = request.get(name)
-        if value is not None and value is not False:
+    for name, value in request.items():
+        if name.startswith(OURS) and value is not None and value is not False:
             extra[name] = value if isinstance(value, str) else json.dumps(value)
     return extra if asks(extra) else None
 
 
 def _rewritten(scope: Any, request: dict[str, Any], args: dict[str, Any], receive: Receive) -> tuple[Any, Receive]:
-    changed = {name: value for name, value in request.items() if name not in FIELDS} | {"vllm_xargs": args}
+    changed = {name: value for name, value in request.items() if not name.startswith(OURS)} | {"vllm_xargs": args}
     body = json.dumps(changed).encode()
     headers = [(name, value) for name, value in scope["headers"] if name.lower() not in (b"content-length", b"transfer-encoding")]
     scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
@@ -131,6 +130,16 @@ def _object(body: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _fault(body: bytes) -> str:
+    try:
+        json.loads(body)
+    except ValueError as error:
+        return f": {error}"
+    except RecursionError:
+        return ": it is too deep"
+    return ""
 
 
 async def _body(receive: Receive) -> tuple[Message, bytes]:

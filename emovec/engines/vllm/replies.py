@@ -10,7 +10,7 @@ from uuid import uuid4
 from emovec.engines.vllm.requests import SCORES
 from emovec.engines.vllm.scores import Collector
 
-KEY = "emotion_reply"
+KEY = "emovec_reply"
 EVENTS = "emotion_events"
 _PROMPT = re.compile(r"-(\d+)$")
 

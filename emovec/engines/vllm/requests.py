@@ -25,6 +25,8 @@ from emovec.steer import MAX_JSON, Steering, SteeringError, unique_keys
 
 BIAS, SCORES, GUARD = "emotion_bias", "emotion_scores", "emotion_guard"
 FIELDS = (BIAS, SCORES, GUARD)
+OURS = "emotion_"
+"""What the names of our fields begin with, those that are misspelt too."""
 ADMITTED = "emovec"
 """The key of ``extra_args`` under which an admitted request says what is to be done, for the engine alone."""
 _SCORE_KEYS = ("on", "concepts", "top")
@@ -61,6 +63,9 @@ class Admission:
             return None
         if ADMITTED in extra_args:
             raise RequestError(f"extra argument {ADMITTED!r} is the engine's own; give {', '.join(FIELDS)}")
+        for key in extra_args:
+            if key.startswith(OURS) and key.split(".")[0] not in FIELDS:
+                raise RequestError(f"unknown field {shown(key)}; nearest known: {', '.join(nearest(key, FIELDS))}")
         admitted: dict[str, Any] = {}
         steering = self._steering(extra_args)
         if steering:
@@ -85,6 +90,8 @@ class Admission:
             return Steering.from_json(value, names)
         if not isinstance(value, Mapping | str | None):
             raise SteeringError(f"{BIAS} must be an object of concepts or the name of a profile, got {shown(value)}")
+        if isinstance(value, str) and not profiles:
+            raise SteeringError(f"{BIAS} must be an object of concepts, for this server has no profiles to name, got {shown(value)}")
         found = parsed(value, names, profiles)
         assert isinstance(found, Steering)
         return found
@@ -160,7 +167,7 @@ class Admission:
 
 def asks(extra_args: Mapping[str, Any] | None) -> bool:
     """Whether there is something for emovec in what a client sent."""
-    return bool(extra_args) and any(key.split(".")[0] in FIELDS for key in extra_args or ())
+    return any(key.startswith(OURS) for key in extra_args or ())
 
 
 def _digest(config: Config) -> str:

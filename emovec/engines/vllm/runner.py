@@ -192,7 +192,7 @@ class Runner:
         written = self._written
         self._row[:written] = -1
         self._written = 0
-        picked = 0
+        picked: list[int] = []  # tokens of the pass
         for name, request in self._requests.items():
             place = places.get(name)
             if place is None:
@@ -212,14 +212,14 @@ class Runner:
             begin, end = request.span(position, count, prompt)
             if begin < end:
                 self._picks.append(_Pick(name, request, position + begin, end - begin, prompt, request.computed))
-                self._pick[picked : picked + end - begin] = torch.arange(first + begin, first + end)
-                picked += end - begin
+                picked.extend(range(first + begin, first + end))
             request.computed = max(request.computed, position + count)
         copied = max(written, self._written)
         if copied:
             self.step.row[:copied].copy_(self._row[:copied], non_blocking=True)
         if picked:
-            self._picked[:picked].copy_(self._pick[:picked], non_blocking=True)
+            self._pick[: len(picked)] = torch.tensor(picked)
+            self._picked[: len(picked)].copy_(self._pick[: len(picked)], non_blocking=True)
         if self._copied is not None and (copied or picked):
             self._copied.record()
         self.step.steers = self._always or self._written > 0
