@@ -310,7 +310,8 @@ def test_refuses_what_does_not_fit() -> None:
 @pytest.mark.parametrize(("architecture", "multiprocessors", "most"), [("sm_90", 132, 2048), ("sm_80", 108, 1664), ("gfx942", 304, 4864)])
 def test_few_tokens_are_cut_into_slices(architecture: str, multiprocessors: int, most: int) -> None:
     tile = launcher.tile_for(architecture, 2)
-    assert [launcher.form_for(tokens, tile, multiprocessors) for tokens in (1, most, most + 1, 16384)] == [2, 2, 1, 1]
+    assert [launcher.form_for(tokens, 4096, tile, multiprocessors) for tokens in (1, most, most + 1, 16384)] == [2, 2, 1, 1]
+    assert launcher.form_for(1, launcher.SLICE, tile, multiprocessors) == launcher.WHOLE
 
 
 # --- the dispatcher -------------------------------------------------------------------------------------------------

@@ -85,6 +85,8 @@ def serve(
     if os.environ.get("VLLM_PLUGINS") is not None and "emovec" not in os.environ["VLLM_PLUGINS"].split(","):
         setting["VLLM_PLUGINS"] = f"{os.environ['VLLM_PLUGINS']},emovec"
     err.print(" ".join([*(f"{name}={value}" for name, value in setting.items()), shlex.join(command)]), markup=False, soft_wrap=True)
+    if live:
+        err.print("The live view is at /emotions of the server.", markup=False)
     if dry_run:
         return
     os.execve(sys.executable, command, {**os.environ, **setting})

@@ -81,11 +81,14 @@ def tile_for(architecture: str, itemsize: int, high: bool = False, sliced: bool 
     return HIGH_TILES[family] if high else TILES[family][itemsize]
 
 
-def form_for(tokens: int, tile: Tile, multiprocessors: int) -> int:
-    """SLICED where the tiles of the whole form are too few for the GPU. A slice's tile is smaller, so each token then costs as many times
-    the readers' traffic as the whole form's tile is larger; idle multiprocessors are worth that."""
+def form_for(tokens: int, width: int, tile: Tile, multiprocessors: int) -> int:
+    """SLICED where there are slices, and too few of the whole form's tiles for the GPU.
+
+    A slice's tile is smaller, so a token costs as many times the readers' traffic as the whole form's tile is larger; idle multiprocessors
+    are worth that.
+    """
     tiles = -(-tokens // tile.tokens)
-    return SLICED if tiles * (tile.tokens // 16) <= multiprocessors else WHOLE
+    return SLICED if width > SLICE and tiles * (tile.tokens // 16) <= multiprocessors else WHOLE
 
 
 @cache
@@ -234,7 +237,7 @@ def launch(
         return
 
     unit = gcd(x_stride, residual_stride, 16)
-    form = form or form_for(tokens, tile, multiprocessors_of(x.device))
+    form = form or form_for(tokens, width, tile, multiprocessors_of(x.device))
     outputs = scores is not None or sqnorm is not None
     steers_first = form == WHOLE or not outputs  # or else the first of two kernels does not look at the table
     compiled = constants(architecture, x.dtype, width, concepts, rules if steers_first else 0, unit, high, form == SLICED)
