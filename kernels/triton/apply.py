@@ -99,11 +99,7 @@ def constants(
     tile = tile_for(architecture, dtype.itemsize, high, sliced)
     first = min(128, max(16, 1 << concepts.bit_length() - 1))
     return {
-        "WIDTH": width,
-        "CONCEPTS": concepts,
-        "RULES": rules,
-        "SLOTS": triton.next_power_of_2(max(rules, 1)),
-        "UNIT": unit,
+        **_common(width, concepts, rules, unit),
         # NVIDIA multiplies fp32 on tensor cores as TF32 only; three such products have fp32's precision.
         "PRECISION": "tf32x3" if dtype == torch.float32 and architecture.startswith("sm_") else "ieee",
         "ASYNC": architecture.startswith(("sm_9", "sm_10")) and not sliced,
@@ -122,15 +118,21 @@ def constants(
 def finish_constants(width: int, concepts: int, rules: int, unit: int) -> dict[str, int]:
     """The same of the kernel that completes a sliced call."""
     return {
+        **_common(width, concepts, rules, unit),
+        "SLICES": -(-width // SLICE),
+        "BD": min(1024, triton.next_power_of_2(width)),
+        "BK": min(256, triton.next_power_of_2(concepts)),
+        "num_warps": 4,
+    }
+
+
+def _common(width: int, concepts: int, rules: int, unit: int) -> dict[str, int]:
+    return {
         "WIDTH": width,
         "CONCEPTS": concepts,
         "RULES": rules,
         "SLOTS": triton.next_power_of_2(max(rules, 1)),
         "UNIT": unit,
-        "SLICES": -(-width // SLICE),
-        "BD": min(1024, triton.next_power_of_2(width)),
-        "BK": min(256, triton.next_power_of_2(concepts)),
-        "num_warps": 4,
     }
 
 

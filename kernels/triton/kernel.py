@@ -87,6 +87,31 @@ def solve_rules(projection, row, pending, concept_ptr, bounds_ptr, solve_ptr, sl
     return coefficients
 
 
+@triton.jit
+def is_closed(projection, gate, row, mean_ptr, inv_std_ptr, threshold_ptr):
+    """[BM]: whether a token has a gate and ``projection`` on its concept leaves it closed, as a NaN does."""
+    mean = tl.load(mean_ptr + gate, mask=gate >= 0, other=0.0)
+    inv_std = tl.load(inv_std_ptr + gate, mask=gate >= 0, other=0.0)
+    threshold = tl.load(threshold_ptr + row, mask=gate >= 0, other=0.0)
+    return (gate >= 0) & (((projection - mean) * inv_std > threshold) == 0)
+
+
+@triton.jit
+def steer(
+    x, row, pending, coefficients, at, write, slot, most, delta_ptr, directions_ptr, concept_ptr, WIDTH: tl.constexpr, RULES: tl.constexpr
+):  # fmt: skip
+    """Columns ``at`` of the ``pending`` tokens' x [BM, BD], steered by their rows and rules, rounded once; ``write`` [BM, BD] is there."""
+    value = x.to(tl.float32) + tl.load(delta_ptr + row[:, None] * WIDTH + at[None, :], mask=write, other=0.0)
+    if RULES > 0:
+        for m in range(0, most):
+            c = tl.sum(tl.where(slot[None, :] == m, coefficients, 0.0), 1)
+            concept = tl.load(concept_ptr + row * RULES + m, mask=pending, other=-1)
+            moved = write & (c != 0.0)[:, None]
+            v = tl.load(directions_ptr + (concept[:, None] * WIDTH + at[None, :]), mask=moved, other=0.0)
+            value = tl.where(moved, value + c[:, None] * v.to(tl.float32), value)
+    return value.to(x.dtype)
+
+
 @triton.jit(do_not_specialize=["tokens", "rows", "x_stride", "residual_stride", "scores_stride"])
 def apply_kernel(
     x_ptr, residual_ptr, readers_ptr, directions_ptr, mean_ptr, inv_std_ptr, row_ptr,
@@ -215,12 +240,10 @@ def apply_kernel(
                     p_closed += tl.where(slot[None, :] == m, pick(acc0, acc1, while_closed, first, K0, K1)[:, None], 0.0)
 
     if STEER and SLICE == 0:
-        mean = tl.load(mean_ptr + gate, mask=gate >= 0, other=0.0)
-        inv_std = tl.load(inv_std_ptr + gate, mask=gate >= 0, other=0.0)
-        threshold = tl.load(threshold_ptr + row, mask=gate >= 0, other=0.0)
-        closed = (gate >= 0) & (((p_gate - mean) * inv_std > threshold) == 0)  # so that a NaN leaves the gate closed
+        closed = is_closed(p_gate, gate, row, mean_ptr, inv_std_ptr, threshold_ptr)
         row = tl.where(closed, otherwise, row)
         pending = (row >= 0) & (streamed == 0)
+        coefficients = p_open
         if RULES > 0:
             projection = tl.where(closed[:, None], p_closed, p_open)
             coefficients = solve_rules(projection, row, pending, concept_ptr, bounds_ptr, solve_ptr, slot, most, CONCEPTS, RULES)
@@ -230,12 +253,5 @@ def apply_kernel(
             if WIDTH % BD != 0:
                 write &= (at < WIDTH)[None, :]
             x = tl.load(x_tile + (x_off + at[None, :]), mask=write, other=0.0)
-            value = x.to(tl.float32) + tl.load(delta_ptr + row[:, None] * WIDTH + at[None, :], mask=write, other=0.0)
-            if RULES > 0:
-                for m in range(0, most):
-                    c = tl.sum(tl.where(slot[None, :] == m, coefficients, 0.0), 1)
-                    concept = tl.load(concept_ptr + row * RULES + m, mask=pending, other=-1)
-                    moved = write & (c != 0.0)[:, None]
-                    v = tl.load(directions_ptr + (concept[:, None] * WIDTH + at[None, :]), mask=moved, other=0.0)
-                    value = tl.where(moved, value + c[:, None] * v.to(tl.float32), value)
-            tl.store(x_tile + (x_off + at[None, :]), value.to(x.dtype), mask=write)
+            x = steer(x, row, pending, coefficients, at, write, slot, most, delta_ptr, directions_ptr, concept_ptr, WIDTH, RULES)
+            tl.store(x_tile + (x_off + at[None, :]), x, mask=write)

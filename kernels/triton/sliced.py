@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel import look_up, slots_used, solve_rules
+from .kernel import is_closed, look_up, slots_used, solve_rules, steer
 
 
 @triton.jit
@@ -52,31 +52,22 @@ def finish_kernel(
 
     if delta_ptr is not None:
         row, gate, otherwise = look_up(row_ptr, gate_ptr, token, tokens, rows, CONCEPTS)
-        mean = tl.load(mean_ptr + gate, mask=gate >= 0, other=0.0)
-        inv_std = tl.load(inv_std_ptr + gate, mask=gate >= 0, other=0.0)
-        threshold = tl.load(threshold_ptr + row, mask=gate >= 0, other=0.0)
-        score = (total(parts + gate, apart * CONCEPTS, gate >= 0, SLICES) - mean) * inv_std
-        row = tl.where((gate >= 0) & ((score > threshold) == 0), otherwise, row)  # so that a NaN leaves the gate closed
+        projection = total(parts + gate, apart * CONCEPTS, gate >= 0, SLICES)
+        row = tl.where(is_closed(projection, gate, row, mean_ptr, inv_std_ptr, threshold_ptr), otherwise, row)
         steered = row >= 0
+        slot = tl.arange(0, SLOTS)
         most = 0
+        coefficients = tl.zeros((1, SLOTS), tl.float32)
         if RULES > 0:
-            slot = tl.arange(0, SLOTS)
             most = tl.max(slots_used(concept_ptr, row, slot, RULES), 0)
             used = steered[:, None] & (slot < RULES)[None, :]
             concept = tl.load(concept_ptr + row[:, None] * RULES + slot[None, :], mask=used, other=-1)
             used = (concept >= 0) & (concept < CONCEPTS)
-            projection = total(parts[:, None] + concept, apart * CONCEPTS, used, SLICES)
-            coefficients = solve_rules(projection, row, steered, concept_ptr, bounds_ptr, solve_ptr, slot, most, CONCEPTS, RULES)
+            projections = total(parts[:, None] + concept, apart * CONCEPTS, used, SLICES)
+            coefficients = solve_rules(projections, row, steered, concept_ptr, bounds_ptr, solve_ptr, slot, most, CONCEPTS, RULES)
         at = tl.program_id(1) * BD + tl.arange(0, BD)
         write = steered[:, None] & (at < WIDTH)[None, :]
         x_row = x_ptr + token[:, None] * (x_stride * UNIT) + at[None, :]
         x = tl.load(x_row, mask=write, other=0.0)
-        value = x.to(tl.float32) + tl.load(delta_ptr + row[:, None] * WIDTH + at[None, :], mask=write, other=0.0)
-        if RULES > 0:
-            for m in range(0, most):
-                c = tl.sum(tl.where(slot[None, :] == m, coefficients, 0.0), 1)
-                concept_of_m = tl.load(concept_ptr + row * RULES + m, mask=steered, other=-1)
-                moved = write & (c != 0.0)[:, None]
-                v = tl.load(directions_ptr + (concept_of_m[:, None] * WIDTH + at[None, :]), mask=moved, other=0.0)
-                value = tl.where(moved, value + c[:, None] * v.to(tl.float32), value)
-        tl.store(x_row, value.to(x.dtype), mask=write)
+        x = steer(x, row, steered, coefficients, at, write, slot, most, delta_ptr, directions_ptr, concept_ptr, WIDTH, RULES)
+        tl.store(x_row, x, mask=write)
