@@ -18,6 +18,7 @@ from emovec.engines.vllm.requests import BIAS, FIELDS, GUARD, OURS, SCORES, asks
 _SCORED = ("/v1/chat/completions", "/v1/completions")
 _PATHS = (*_SCORED, "/v1/responses", "/v1/messages", "/v1/chat/completions/batch", "/invocations")
 _MENTIONED = f'"{OURS}'.encode()
+_UNREADABLE = "not a JSON object that can be read"
 
 
 class Middleware:
@@ -35,13 +36,14 @@ class Middleware:
             await self._app(scope, receive, send)
             return
         first, body = await _body(receive)
-        request = _object(body) if _MENTIONED in body else {}
-        args = None if request is None else _arguments(request)
-        if request is not None and args is None:
-            await self._app(scope, _replay(first, body, receive), send)
+        try:
+            request = _object(body) if _MENTIONED in body else {}
+        except ValueError as error:
+            await refuse(send, f"the request is {error}", BIAS)
             return
-        if request is None or args is None:
-            await refuse(send, f"the request is not a JSON object that can be read{_fault(body)}", BIAS)
+        args = _arguments(request)
+        if args is None:
+            await self._app(scope, _replay(first, body, receive), send)
             return
         if request.get("use_beam_search"):
             await refuse(send, f"{', '.join(FIELDS)} cannot be used with beam search: its beams are prompts of their own", BIAS)
@@ -97,7 +99,11 @@ class _Answer:
         return event if data == event else b"data: " + self._scored(data)
 
     def _scored(self, data: bytes) -> bytes:
-        choices = (answer := _object(data) or {}).get("choices")
+        try:
+            answer = _object(data)
+        except ValueError:  # such as a stream's last event
+            return data
+        choices = answer.get("choices")
         if not isinstance(choices, list) or not choices:
             return data
         for choice in choices:
@@ -124,22 +130,21 @@ def _rewritten(scope: Any, request: dict[str, Any], args: dict[str, Any], receiv
     return scope, _replay({"type": "http.request"}, body, receive)
 
 
-def _object(body: bytes) -> dict[str, Any] | None:
+def _object(body: bytes) -> dict[str, Any]:
+    """The JSON object that ``body`` is.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
     try:
         found = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _fault(body: bytes) -> str:
-    try:
-        json.loads(body)
     except ValueError as error:
-        return f": {error}"
+        raise ValueError(f"{_UNREADABLE}: {error}") from None
     except RecursionError:
-        return ": it is too deep"
-    return ""
+        raise ValueError(f"{_UNREADABLE}: it is too deep") from None
+    if not isinstance(found, dict):
+        raise ValueError(_UNREADABLE)
+    return found
 
 
 async def _body(receive: Receive) -> tuple[Message, bytes]:
